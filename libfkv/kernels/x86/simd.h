@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The kernels of every x86 level, over the vector of vec_avx2.h or vec_avx512.h. The including file sets
+ *   FKV_SUFFIX   name of the level      MAX_ROWS, WEIGH_ROWS   rows whose sums fit the registers
+ */
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#define FKV_FFT_WIDTH VL
+#define UNROLL _Pragma("GCC unroll 8")
+#include "kernels/fft_lanes.h"
+
+#define STORE f32
+#define ELEMENT float
+#include "simd_store.h"
+#define STORE f16
+#define ELEMENT uint16_t
+#include "simd_store.h"
+#define STORE bf16
+#define ELEMENT uint16_t
+#include "simd_store.h"
+
+/*
+ * e^x for x <= 0: n = round(x log2 e), r = x - n ln 2 in two steps, then the series of e^r up to r^6
+ * (|r| <= ln 2 / 2: the rest is below 1.2e-7). Below -87 the result is 0: such weights are less than the last
+ * bit of any sum. NaN stays NaN.
+ */
+static inline vf exp_negative(vf x) {
+    vf n = v_round(v_mul(x, v_set1(1.44269504088896341f)));
+    vf r = v_fma(n, v_set1(-0.693145751953125f), x);
+    r = v_fma(n, v_set1(-1.42860677e-6f), r);
+    vf p = v_set1(1.38888889e-3f);
+    p = v_fma(p, r, v_set1(8.33333333e-3f));
+    p = v_fma(p, r, v_set1(4.16666667e-2f));
+    p = v_fma(p, r, v_set1(1.66666667e-1f));
+    p = v_fma(p, r, v_set1(0.5f));
+    p = v_fma(p, r, v_set1(1.0f));
+    p = v_fma(p, r, v_set1(1.0f));
+    return v_zero_below(x, v_set1(-87.0f), v_scale2(p, n));
+}
+
+static FKV_DECL_SOFTMAX(FKV_NAME(softmax)) {
+    const vf lowest = v_set1(-INFINITY);
+    vf top = lowest;
+    int i = 0;
+    for (; i + VL <= n; i += VL)
+        top = v_max(top, v_load(s + i));
+    if (i < n)
+        top = v_max(top, v_first(v_load(s + i), n - i, lowest));
+    float lanes[VL], m = -INFINITY;
+    v_store(lanes, top);
+    for (int j = 0; j < VL; j++)
+        if (lanes[j] > m || lanes[j] != lanes[j])
+            m = lanes[j];
+    *max = m;
+    *sum = 0.0f;
+    if (m == -INFINITY) {
+        memset(s, 0, (size_t)n * sizeof *s);
+        return;
+    }
+    vf shift = v_set1(m), total = v_zero();
+    for (i = 0; i + VL <= n; i += VL) {
+        vf e = exp_negative(v_sub(v_load(s + i), shift));
+        v_store(s + i, e);
+        total = v_add(total, e);
+    }
+    if (i < n) {
+        vf e = exp_negative(v_sub(v_load(s + i), shift));
+        v_store_first(s + i, e, n - i);
+        total = v_add(total, v_first(e, n - i, v_zero()));
+    }
+    *sum = v_hsum(total);
+}
+
+static inline __attribute__((always_inline)) void
+interpolate_block(float *s, ptrdiff_t s_stride, const float *grid, ptrdiff_t grid_stride,
+                  const struct fkv_taps *taps, const int rows) {
+    const int cell = taps->cell, repeat = cell < VL ? cell : VL;
+    for (int t = 0; t < 64; t += VL) {
+        vf sum[4];
+        UNROLL for (int r = 0; r < rows; r++) sum[r] = v_zero();
+        for (int k = 0; k < FKV_TAPS; k++) {
+            vf tap = v_load(&taps->tap[k][t]);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const float *g = grid + r * grid_stride + t / cell + k;
+                vf x = repeat == VL ? v_set1(*g) : v_load_repeat(g, repeat);
+                sum[r] = v_fma(tap, x, sum[r]);
+            }
+        }
+        UNROLL for (int r = 0; r < rows; r++) v_store(s + r * s_stride + t, sum[r]);
+    }
+}
+
+static FKV_DECL_INTERPOLATE(FKV_NAME(interpolate)) {
+    if (taps->width == 1) {
+        for (int r = 0; r < rows; r++)
+            memcpy(s + r * s_stride, grid + r * grid_stride, 64 * sizeof *s);
+        return;
+    }
+    for (; rows >= 4; rows -= 4, s += 4 * s_stride, grid += 4 * grid_stride)
+        interpolate_block(s, s_stride, grid, grid_stride, taps, 4);
+    for (; rows; rows--, s += s_stride, grid += grid_stride)
+        interpolate_block(s, s_stride, grid, grid_stride, taps, 1);
+}
+
+/* The eight taps of a token lie in the lanes of one 256-bit vector; even and odd tokens of a cell have a
+ * sum each, so that the chain of dependent additions is half as long. */
+static inline __attribute__((always_inline)) void
+spread_block(float *grid, ptrdiff_t grid_stride, const float *p, ptrdiff_t p_stride,
+             const struct fkv_taps *taps, int tokens, const int rows) {
+    const int cell = taps->cell;
+    for (int first = 0; first < tokens; first += cell, grid++) {
+        int end = first + cell < tokens ? first + cell : tokens, t = first;
+        __m256 even[4], odd[4];
+        UNROLL for (int r = 0; r < rows; r++) {
+            even[r] = _mm256_loadu_ps(grid + r * grid_stride);
+            odd[r] = _mm256_setzero_ps();
+        }
+        for (; t + 2 <= end; t += 2) {
+            __m256 tap0 = _mm256_loadu_ps(taps->by_token[t]);
+            __m256 tap1 = _mm256_loadu_ps(taps->by_token[t + 1]);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const float *x = p + r * p_stride + t;
+                even[r] = _mm256_fmadd_ps(tap0, _mm256_set1_ps(x[0]), even[r]);
+                odd[r] = _mm256_fmadd_ps(tap1, _mm256_set1_ps(x[1]), odd[r]);
+            }
+        }
+        if (t < end) {
+            __m256 tap = _mm256_loadu_ps(taps->by_token[t]);
+            UNROLL for (int r = 0; r < rows; r++) even[r] =
+                _mm256_fmadd_ps(tap, _mm256_set1_ps(p[r * p_stride + t]), even[r]);
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            _mm256_storeu_ps(grid + r * grid_stride, _mm256_add_ps(even[r], odd[r]));
+    }
+}
+
+static FKV_DECL_SPREAD(FKV_NAME(spread)) {
+    if (taps->width == 1) {
+        for (int r = 0; r < rows; r++)
+            for (int t = 0; t < tokens; t++)
+                grid[r * grid_stride + t] += p[r * p_stride + t];
+        return;
+    }
+    for (; rows >= 4; rows -= 4, grid += 4 * grid_stride, p += 4 * p_stride)
+        spread_block(grid, grid_stride, p, p_stride, taps, tokens, 4);
+    for (; rows; rows--, grid += grid_stride, p += p_stride)
+        spread_block(grid, grid_stride, p, p_stride, taps, tokens, 1);
+}
+
+#define SLOTS(name) {FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16)}
+
+void FKV_NAME(fkv_kernels_init)(struct fkv_kernels *k) {
+    *k = (struct fkv_kernels){
+        .scores = SLOTS(scores),
+        .weigh = SLOTS(weigh),
+        .softmax = FKV_NAME(softmax),
+        .interpolate = FKV_NAME(interpolate),
+        .spread = FKV_NAME(spread),
+        .contract = SLOTS(contract),
+        .expand = SLOTS(expand),
+        .accumulate = SLOTS(accumulate),
+        .widen = SLOTS(widen),
+        .narrow = SLOTS(narrow),
+        .fft_pass = FKV_NAME(fft_pass),
+        .rotate = FKV_NAME(rotate),
+    };
+}
