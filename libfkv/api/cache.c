@@ -1,0 +1,252 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "attend/plan.h"
+
+fkv_status fkv_cache_params_init(fkv_cache_params *params, size_t struct_size) {
+    const fkv_cache_params defaults = {.struct_size = sizeof defaults};
+    return fkv_params_init(params, struct_size, sizeof defaults, &defaults, sizeof defaults);
+}
+
+fkv_status fkv_sequence_params_init(fkv_sequence_params *params, size_t struct_size) {
+    const fkv_sequence_params defaults = {.struct_size = sizeof defaults};
+    return fkv_params_init(params, struct_size, sizeof defaults, &defaults, sizeof defaults);
+}
+
+static fkv_status create_cache(struct fkv_ctx *ctx, struct fkv_profile_object *profile,
+                               const fkv_cache_params *params, fkv_cache **out) {
+    fkv_cache_params own = {.struct_size = sizeof own};
+    if (params) {
+        fkv_status status = fkv_params_read(ctx, "params", params, sizeof own, &own, sizeof own);
+        if (status != FKV_OK)
+            return status;
+    }
+    if (own.reserved)
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "params.reserved is not zero");
+    struct fkv_cache_object *cache;
+    fkv_status status = fkv_cache_new(ctx, profile, &own, &cache);
+    if (status != FKV_OK)
+        return status;
+    *out = fkv_handle_create(FKV_KIND_CACHE, cache);
+    if (*out)
+        return FKV_OK;
+    fkv_cache_unref(cache);
+    return fkv_fail(ctx, FKV_ERR_NOMEM, "no memory for a handle");
+}
+
+fkv_status fkv_cache_create(fkv_context *ctx, fkv_profile *profile, const fkv_cache_params *params,
+                            fkv_cache **out) {
+    if (out)
+        *out = NULL;
+    struct fkv_ctx *c = fkv_handle_acquire(FKV_KIND_CONTEXT, ctx);
+    if (!c)
+        return FKV_ERR_HANDLE;
+    struct fkv_profile_object *p = fkv_handle_acquire(FKV_KIND_PROFILE, profile);
+    fkv_status status;
+    if (!p)
+        status = fkv_fail(c, FKV_ERR_HANDLE, "profile is no living profile");
+    else if (!out)
+        status = fkv_fail(c, FKV_ERR_INVALID, "out is NULL");
+    else
+        status = create_cache(c, p, params, out);
+    if (p)
+        fkv_handle_release(profile);
+    fkv_handle_release(ctx);
+    return status;
+}
+
+fkv_status fkv_cache_destroy(fkv_cache *cache) {
+    void *object;
+    if (!cache)
+        return FKV_OK;
+    struct fkv_cache_object *c = fkv_handle_acquire(FKV_KIND_CACHE, cache);
+    if (!c)
+        return FKV_ERR_HANDLE;
+    if (!fkv_cache_write_lock(c)) { /* a plan is working on it */
+        fkv_handle_release(cache);
+        return fkv_fail(c->ctx, FKV_ERR_BUSY, "another thread is using the cache");
+    }
+    fkv_handle_release(cache);
+    fkv_status status = fkv_handle_close(FKV_KIND_CACHE, cache, &object);
+    if (status == FKV_OK)
+        fkv_cache_clear(c);
+    fkv_cache_write_unlock(c);
+    if (status == FKV_OK)
+        fkv_cache_unref(c);
+    return status;
+}
+
+/* Takes a cache for reading or writing; leave() gives it back. */
+static fkv_status enter(fkv_cache *handle, bool writing, struct fkv_cache_object **cache) {
+    *cache = fkv_handle_acquire(FKV_KIND_CACHE, handle);
+    if (!*cache)
+        return FKV_ERR_HANDLE;
+    if (writing ? fkv_cache_write_lock(*cache) : fkv_cache_read_lock(*cache))
+        return FKV_OK;
+    fkv_status status = fkv_fail((*cache)->ctx, FKV_ERR_BUSY, "another thread is using the cache");
+    fkv_handle_release(handle);
+    return status;
+}
+
+static fkv_status leave(fkv_cache *handle, struct fkv_cache_object *cache, bool writing,
+                        fkv_status status) {
+    if (writing)
+        fkv_cache_write_unlock(cache);
+    else
+        fkv_cache_read_unlock(cache);
+    fkv_handle_release(handle);
+    return status;
+}
+
+static fkv_status find(struct fkv_cache_object *cache, fkv_sequence id, struct fkv_seq **seq) {
+    *seq = fkv_seq_find(cache, id);
+    if (*seq)
+        return FKV_OK;
+    return fkv_fail(cache->ctx, FKV_ERR_HANDLE, "%lld is no living sequence", (long long)id);
+}
+
+static fkv_status check_period(struct fkv_profile_object *profile, int64_t *period) {
+    if (profile->coding != FKV_CODING_FOURIER)
+        *period = INT64_MAX; /* never outgrown */
+    else if (!*period)
+        *period = profile->fourier.period;
+    if (*period < FKV_TILE)
+        return fkv_fail(profile->ctx, FKV_ERR_INVALID, "period is %lld, at least %d expected",
+                        (long long)*period, FKV_TILE);
+    return FKV_OK;
+}
+
+fkv_status fkv_sequence_create(fkv_cache *cache, const fkv_sequence_params *params,
+                               fkv_sequence *out) {
+    struct fkv_cache_object *c;
+    fkv_sequence_params own = {.struct_size = sizeof own};
+    fkv_status status = enter(cache, true, &c);
+    if (status != FKV_OK)
+        return status;
+    if (!out)
+        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "out is NULL");
+    if (status == FKV_OK && params)
+        status = fkv_params_read(c->ctx, "params", params, sizeof own, &own, sizeof own);
+    if (status == FKV_OK && own.reserved)
+        status = fkv_fail(c->ctx, FKV_ERR_UNSUPPORTED, "params.reserved is not zero");
+    if (status == FKV_OK && own.period < 0)
+        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "params.period: %lld is negative",
+                          (long long)own.period);
+    if (status == FKV_OK)
+        status = check_period(c->profile, &own.period);
+    int64_t id;
+    if (status == FKV_OK)
+        status = fkv_seq_new(c, own.period, &id);
+    if (status == FKV_OK)
+        *out = id;
+    return leave(cache, c, true, status);
+}
+
+fkv_status fkv_sequence_free(fkv_cache *cache, fkv_sequence sequence) {
+    struct fkv_cache_object *c;
+    struct fkv_seq *seq;
+    fkv_status status = enter(cache, true, &c);
+    if (status != FKV_OK)
+        return status;
+    status = find(c, sequence, &seq);
+    if (status == FKV_OK)
+        fkv_seq_delete(c, seq);
+    return leave(cache, c, true, status);
+}
+
+fkv_status fkv_sequence_length(fkv_cache *cache, fkv_sequence sequence, int64_t *tokens) {
+    struct fkv_cache_object *c;
+    struct fkv_seq *seq;
+    bool equal;
+    fkv_status status = enter(cache, false, &c);
+    if (status != FKV_OK)
+        return status;
+    status = find(c, sequence, &seq);
+    if (status == FKV_OK && !tokens)
+        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "tokens is NULL");
+    if (status == FKV_OK)
+        *tokens = fkv_seq_tokens(c, seq, &equal);
+    return leave(cache, c, false, status);
+}
+
+static fkv_status read_sequence(struct fkv_cache_object *c, fkv_sequence sequence, int32_t layer,
+                                int64_t first, int64_t count, const fkv_tensor *k,
+                                const fkv_tensor *v) {
+    const struct fkv_model *m = &c->profile->model;
+    const fkv_tensor *tensors[2] = {k, v};
+    const char *names[2] = {"k", "v"};
+    struct fkv_view views[2];
+    struct fkv_seq *seq;
+    fkv_status status = find(c, sequence, &seq);
+    if (status != FKV_OK)
+        return status;
+    if (layer < 0 || layer >= m->n_layers)
+        return fkv_fail(c->ctx, FKV_ERR_INVALID, "layer is %d of %d", layer, m->n_layers);
+    int64_t tokens = seq->layers[layer].tokens;
+    if (first < 0 || count < 0 || first > tokens || count > tokens - first)
+        return fkv_fail(c->ctx, FKV_ERR_INVALID, "tokens %lld .. + %lld of %lld", (long long)first,
+                        (long long)count, (long long)tokens);
+    for (int part = 0; part < 2; part++)
+        if (tensors[part]) {
+            status = fkv_tensor_view(c->ctx, names[part], tensors[part], count, m->n_kv_heads,
+                                     m->head_dim, true, &views[part]);
+            if (status != FKV_OK)
+                return status;
+        }
+    const size_t bytes = fkv_read_scratch(seq);
+    double *scratch = bytes ? fkv_heap_alloc(&c->ctx->heap, bytes) : NULL;
+    if (bytes && !scratch)
+        return fkv_fail(c->ctx, FKV_ERR_NOMEM, "no memory for %zu bytes", bytes);
+    for (int part = 0; part < 2; part++)
+        if (tensors[part])
+            fkv_read_tokens(c, seq, layer, part, first, count, &views[part], scratch);
+    fkv_heap_free(&c->ctx->heap, scratch, bytes);
+    return FKV_OK;
+}
+
+fkv_status fkv_sequence_read(fkv_cache *cache, fkv_sequence sequence, int32_t layer, int64_t first,
+                             int64_t count, const fkv_tensor *k, const fkv_tensor *v) {
+    struct fkv_cache_object *c;
+    fkv_status status = enter(cache, false, &c);
+    if (status != FKV_OK)
+        return status;
+    status = read_sequence(c, sequence, layer, first, count, k, v);
+    return leave(cache, c, false, status);
+}
+
+fkv_status fkv_cache_stats(fkv_cache *cache, fkv_sequence sequence, fkv_stats *stats) {
+    struct fkv_cache_object *c;
+    struct fkv_seq *seq = NULL;
+    fkv_stats own = {.struct_size = sizeof own};
+    fkv_status status = enter(cache, false, &c);
+    if (status != FKV_OK)
+        return status;
+    if (sequence != FKV_ALL_SEQUENCES)
+        status = find(c, sequence, &seq);
+    if (status == FKV_OK) {
+        fkv_cache_count(c, seq, &own);
+        status = fkv_params_write(c->ctx, "stats", stats, sizeof own, &own, sizeof own);
+    }
+    return leave(cache, c, false, status);
+}
+
+fkv_status fkv_profile_estimate(fkv_profile *profile, int64_t tokens, int64_t period,
+                                fkv_stats *stats) {
+    struct fkv_profile_object *p = fkv_handle_acquire(FKV_KIND_PROFILE, profile);
+    fkv_stats own = {.struct_size = sizeof own};
+    if (!p)
+        return FKV_ERR_HANDLE;
+    fkv_status status = FKV_OK;
+    if (tokens < 0 || period < 0)
+        status = fkv_fail(p->ctx, FKV_ERR_INVALID, "tokens %lld or period %lld is negative",
+                          (long long)tokens, (long long)period);
+    else if ((uint64_t)tokens > p->ctx->max_tokens)
+        status = fkv_fail(p->ctx, FKV_ERR_LIMIT, "tokens: %lld exceeds the limit of %llu",
+                          (long long)tokens, (unsigned long long)p->ctx->max_tokens);
+    if (status == FKV_OK)
+        status = check_period(p, &period);
+    if (status == FKV_OK)
+        status = fkv_profile_predict(p, tokens, period, &own);
+    if (status == FKV_OK)
+        status = fkv_params_write(p->ctx, "stats", stats, sizeof own, &own, sizeof own);
+    fkv_handle_release(profile);
+    return status;
+}

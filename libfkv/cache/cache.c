@@ -1,0 +1,295 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "cache/cache.h"
+
+#include <string.h>
+
+void *fkv_cache_alloc(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                      size_t bytes) {
+    if (!bytes)
+        return NULL;
+    void *p = NULL;
+    if (bytes <= cache->max_bytes && cache->bytes <= cache->max_bytes - bytes)
+        p = fkv_heap_calloc(&cache->ctx->heap, bytes);
+    if (!p) {
+        cache->refused = bytes;
+        return NULL;
+    }
+    cache->bytes += bytes;
+    (seq ? &seq->account : &cache->shared_account)->bytes[class] += bytes;
+    return p;
+}
+
+void fkv_cache_free(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                    void *pointer, size_t bytes) {
+    if (!pointer)
+        return;
+    fkv_heap_free(&cache->ctx->heap, pointer, bytes);
+    cache->bytes -= bytes;
+    (seq ? &seq->account : &cache->shared_account)->bytes[class] -= bytes;
+}
+
+fkv_status fkv_cache_refused(struct fkv_cache_object *cache) {
+    uint64_t refused = cache->refused, live = atomic_load(&cache->ctx->heap.live);
+    uint64_t all = cache->ctx->heap.max_bytes;
+    if (cache->bytes + refused > cache->max_bytes)
+        return fkv_fail(cache->ctx, FKV_ERR_LIMIT,
+                        "cache: %llu bytes more would exceed its limit of %llu bytes",
+                        (unsigned long long)refused, (unsigned long long)cache->max_bytes);
+    if (all && live + refused > all)
+        return fkv_fail(cache->ctx, FKV_ERR_LIMIT,
+                        "context: %llu bytes more would exceed its limit of %llu bytes",
+                        (unsigned long long)refused, (unsigned long long)all);
+    return fkv_fail(cache->ctx, FKV_ERR_NOMEM, "no memory for %llu bytes",
+                    (unsigned long long)refused);
+}
+
+/* ---- locks: a reader or writer that cannot have the cache at once is told so, not made to wait */
+
+bool fkv_cache_read_lock(struct fkv_cache_object *cache) {
+    int n = atomic_load(&cache->lock);
+    while (n >= 0)
+        if (atomic_compare_exchange_weak(&cache->lock, &n, n + 1))
+            return true;
+    return false;
+}
+
+bool fkv_cache_write_lock(struct fkv_cache_object *cache) {
+    int free_lock = 0;
+    return atomic_compare_exchange_strong(&cache->lock, &free_lock, -1);
+}
+
+void fkv_cache_read_unlock(struct fkv_cache_object *cache) {
+    atomic_fetch_sub(&cache->lock, 1);
+}
+
+void fkv_cache_write_unlock(struct fkv_cache_object *cache) {
+    atomic_store(&cache->lock, 0);
+}
+
+/* ---- the cache */
+
+static size_t layouts_bytes(const struct fkv_profile_object *profile) {
+    size_t layers = (size_t)profile->model.n_layers, heads = (size_t)profile->model.n_kv_heads;
+    if (profile->coding == FKV_CODING_EXACT)
+        return 0;
+    return layers * (sizeof(struct fkv_layer_layout) + heads * sizeof(struct fkv_head_layout));
+}
+
+size_t fkv_cache_base_bytes(const struct fkv_profile_object *profile) {
+    return sizeof(struct fkv_cache_object) + layouts_bytes(profile);
+}
+
+static void fill_layouts(struct fkv_cache_object *cache) {
+    const struct fkv_profile_object *profile = cache->profile;
+    const int layers = profile->model.n_layers, heads = profile->model.n_kv_heads;
+    struct fkv_head_layout *next = (struct fkv_head_layout *)(void *)(cache->layouts + layers);
+    for (int l = 0; l < layers; l++, next += heads) {
+        struct fkv_layer_layout *layout = &cache->layouts[l];
+        layout->heads = next;
+        for (int h = 0; h < heads; h++)
+            for (int part = 0; part < 2; part++) {
+                const struct fkv_channels *c = fkv_profile_head(profile, l, part, h);
+                next[h].kept[part] = layout->kept_elements;
+                next[h].rows[part] = layout->coded_rows;
+                layout->kept_elements += (size_t)c->kept * FKV_TILE;
+                layout->coded_rows += (size_t)c->coded;
+            }
+    }
+}
+
+fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile,
+                         const fkv_cache_params *params, struct fkv_cache_object **out) {
+    struct fkv_cache_object *cache = fkv_heap_calloc(&ctx->heap, sizeof *cache);
+    *out = NULL;
+    if (!cache)
+        return fkv_fail(ctx, FKV_ERR_NOMEM, "no memory for a cache");
+    cache->refs = 1;
+    cache->ctx = ctx;
+    cache->profile = profile;
+    cache->max_tokens = params->max_tokens ? params->max_tokens : ctx->max_tokens;
+    cache->max_bytes = params->max_bytes ? params->max_bytes : UINT64_MAX;
+    cache->bytes = sizeof *cache;
+    cache->shared_account.bytes[FKV_CLASS_TABLES] = sizeof *cache;
+    fkv_ctx_ref(ctx);
+    fkv_profile_ref(profile);
+    if (profile->coding != FKV_CODING_EXACT) {
+        cache->layouts = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layouts_bytes(profile));
+        if (!cache->layouts) {
+            fkv_status status = fkv_cache_refused(cache);
+            fkv_cache_unref(cache);
+            return status;
+        }
+        fill_layouts(cache);
+    }
+    *out = cache;
+    return FKV_OK;
+}
+
+void fkv_cache_ref(struct fkv_cache_object *cache) {
+    atomic_fetch_add(&cache->refs, 1);
+}
+
+void fkv_cache_unref(struct fkv_cache_object *cache) {
+    if (atomic_fetch_sub(&cache->refs, 1) != 1)
+        return;
+    struct fkv_ctx *ctx = cache->ctx;
+    struct fkv_profile_object *profile = cache->profile;
+    fkv_cache_clear(cache);
+    fkv_heap_free(&ctx->heap, cache, sizeof *cache);
+    fkv_profile_unref(profile);
+    fkv_ctx_unref(ctx);
+}
+
+void fkv_cache_clear(struct fkv_cache_object *cache) {
+    for (int64_t i = 0; i < cache->n_slots; i++)
+        if (cache->seqs[i])
+            fkv_seq_delete(cache, cache->seqs[i]);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, cache->seqs,
+                   (size_t)cache->n_slots * sizeof *cache->seqs);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, cache->layouts, layouts_bytes(cache->profile));
+    cache->seqs = NULL;
+    cache->n_slots = 0;
+    cache->layouts = NULL;
+    cache->closed = true;
+}
+
+/* ---- spectra shared by the sequences of a period */
+
+static size_t spectrum_bytes(const struct fkv_profile_object *profile, int64_t period) {
+    return fkv_spectrum_bytes(period, profile->fourier.bins) + sizeof(struct fkv_shared_spectrum);
+}
+
+static fkv_status share_spectrum(struct fkv_cache_object *cache, int64_t period,
+                                 struct fkv_shared_spectrum **out) {
+    for (struct fkv_shared_spectrum *s = cache->spectra; s; s = s->next)
+        if (s->spectrum->period == period) {
+            s->users++;
+            *out = s;
+            return FKV_OK;
+        }
+    const int bins = cache->profile->fourier.bins;
+    if (!fkv_spectrum_bytes(period, bins))
+        return fkv_fail(cache->ctx, FKV_ERR_LIMIT, "sequence: period %lld is too long",
+                        (long long)period);
+    size_t own = sizeof(struct fkv_shared_spectrum), tables = fkv_spectrum_bytes(period, bins);
+    struct fkv_shared_spectrum *s = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, own);
+    if (!s)
+        return fkv_cache_refused(cache);
+    fkv_status status = FKV_ERR_NOMEM;
+    if (tables <= cache->max_bytes - cache->bytes)
+        status = fkv_spectrum_create(&cache->ctx->heap, cache->ctx->kernels, period, bins,
+                                     &s->spectrum);
+    if (status != FKV_OK) {
+        cache->refused = tables;
+        fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, s, own);
+        return fkv_cache_refused(cache);
+    }
+    cache->bytes += tables;
+    cache->shared_account.bytes[FKV_CLASS_TABLES] += tables;
+    s->users = 1;
+    s->next = cache->spectra;
+    cache->spectra = s;
+    *out = s;
+    return FKV_OK;
+}
+
+static void unshare_spectrum(struct fkv_cache_object *cache, struct fkv_shared_spectrum *shared) {
+    if (!shared || --shared->users)
+        return;
+    struct fkv_shared_spectrum **at = &cache->spectra;
+    while (*at != shared)
+        at = &(*at)->next;
+    *at = shared->next;
+    size_t bytes = spectrum_bytes(cache->profile, shared->spectrum->period);
+    size_t tables = bytes - sizeof *shared;
+    fkv_spectrum_destroy(&cache->ctx->heap, shared->spectrum);
+    cache->bytes -= tables;
+    cache->shared_account.bytes[FKV_CLASS_TABLES] -= tables;
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, shared, sizeof *shared);
+}
+
+/* ---- sequences: an id is generation * 2^24 + slot, the generation counting all sequences ever made */
+
+#define SLOT_BITS 24
+
+size_t fkv_seq_base_bytes(const struct fkv_profile_object *profile) {
+    return sizeof(struct fkv_seq) + (size_t)profile->model.n_layers * sizeof(struct fkv_layer);
+}
+
+static fkv_status free_slot(struct fkv_cache_object *cache, int64_t *slot) {
+    for (*slot = 0; *slot < cache->n_slots; ++*slot)
+        if (!cache->seqs[*slot])
+            return FKV_OK;
+    int64_t slots = fkv_slots_for(cache->n_slots + 1);
+    if (slots > INT64_C(1) << SLOT_BITS || cache->next_id >= INT64_MAX >> SLOT_BITS)
+        return fkv_fail(cache->ctx, FKV_ERR_LIMIT, "cache: too many sequences");
+    size_t size = sizeof *cache->seqs;
+    struct fkv_seq **seqs =
+        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)slots * size);
+    if (!seqs)
+        return fkv_cache_refused(cache);
+    if (cache->n_slots)
+        memcpy(seqs, cache->seqs, (size_t)cache->n_slots * size);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, cache->seqs, (size_t)cache->n_slots * size);
+    cache->seqs = seqs;
+    cache->n_slots = slots;
+    return FKV_OK;
+}
+
+fkv_status fkv_seq_new(struct fkv_cache_object *cache, int64_t period, int64_t *id) {
+    int64_t slot;
+    fkv_status status = free_slot(cache, &slot);
+    if (status != FKV_OK)
+        return status;
+    struct fkv_shared_spectrum *shared = NULL;
+    if (cache->profile->coding == FKV_CODING_FOURIER) {
+        status = share_spectrum(cache, period, &shared);
+        if (status != FKV_OK)
+            return status;
+    }
+    size_t bytes = fkv_seq_base_bytes(cache->profile);
+    struct fkv_seq *seq = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, bytes);
+    if (!seq) {
+        status = fkv_cache_refused(cache);
+        unshare_spectrum(cache, shared);
+        return status;
+    }
+    cache->shared_account.bytes[FKV_CLASS_TABLES] -= bytes; /* it is on the sequence's own account */
+    seq->account.bytes[FKV_CLASS_TABLES] = bytes;
+    seq->layers = (struct fkv_layer *)(void *)(seq + 1);
+    seq->shared = shared;
+    seq->period = period;
+    seq->id = (cache->next_id++ << SLOT_BITS) | slot;
+    cache->seqs[slot] = seq;
+    *id = seq->id;
+    return FKV_OK;
+}
+
+struct fkv_seq *fkv_seq_find(struct fkv_cache_object *cache, int64_t id) {
+    int64_t slot = id & ((INT64_C(1) << SLOT_BITS) - 1);
+    if (id < 0 || slot >= cache->n_slots || !cache->seqs[slot] || cache->seqs[slot]->id != id)
+        return NULL;
+    return cache->seqs[slot];
+}
+
+void fkv_seq_delete(struct fkv_cache_object *cache, struct fkv_seq *seq) {
+    for (int l = 0; l < cache->profile->model.n_layers; l++)
+        fkv_layer_free(cache, seq, l);
+    unshare_spectrum(cache, seq->shared);
+    cache->seqs[seq->id & ((INT64_C(1) << SLOT_BITS) - 1)] = NULL;
+    size_t bytes = fkv_seq_base_bytes(cache->profile);
+    fkv_heap_free(&cache->ctx->heap, seq, bytes);
+    cache->bytes -= bytes;
+}
+
+int64_t fkv_seq_tokens(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
+                       bool *equal) {
+    int64_t least = seq->layers[0].tokens;
+    *equal = true;
+    for (int l = 1; l < cache->profile->model.n_layers; l++) {
+        if (seq->layers[l].tokens != seq->layers[0].tokens)
+            *equal = false;
+        least = fkv_min64(least, seq->layers[l].tokens);
+    }
+    return least;
+}

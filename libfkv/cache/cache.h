@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The object behind fkv_cache: sequences, and for each layer of each the tiles and segments that hold its
+ * tokens. This room knows what is allocated and why; it never computes on the contents.
+ *
+ * A layer of a sequence: [sink page | body tiles 0, 1, 2, ..]. Body tile i holds the 64 tokens from
+ * n_sink + 64 i on. Tiles below n_coded are coded: their page holds the kept channels, the others are in
+ * the coefficients of the segment that covers the tile. The rest are exact pages. Exact profiles have no
+ * sinks and never code, so that tile i begins at token 64 i.
+ *
+ *   exact page   for each KV head: K [D][64], then V [64][D], elements of the storage type
+ *   kept page    for each KV head: K [kept][64], then V [64][kept]
+ *   segment      one block: coefficients, for each KV head K [coded][stride] then V [coded][stride]; the
+ *                row of fkv_spectrum_ones() for its length; the per-channel numbers below
+ */
+#ifndef FKV_CACHE_CACHE_H
+#define FKV_CACHE_CACHE_H
+
+#include "codec/spectrum.h"
+#include "profile/profile.h"
+
+#define FKV_PAD 64 /* bytes behind every page that kernels may read */
+
+enum fkv_class { FKV_CLASS_EXACT, FKV_CLASS_KEPT, FKV_CLASS_COEFFICIENTS, FKV_CLASS_TABLES, FKV_N_CLASS };
+
+struct fkv_account {
+    uint64_t bytes[FKV_N_CLASS];
+};
+
+/* Numbers of one coded channel. A restored value is offset + gain * sum_n w_n (C[n] + beta ones[n]) phi_n. */
+struct fkv_channel_state {
+    double sum;      /* of the samples less the reference */
+    float reference; /* mean of the segment's first tile, subtracted before the transform */
+    float gain, beta, offset;
+};
+
+struct fkv_segment {
+    int64_t tiles;       /* coded so far */
+    void *coefficients;  /* rows of all heads, in the coefficient type */
+    float *ones;         /* [stride] */
+    struct fkv_channel_state *channels; /* [coded channels of the layer], in the rows' order */
+    bool restored;       /* authors' restoration: gains are frozen */
+};
+
+struct fkv_layer {
+    int64_t tokens;
+    int64_t n_coded; /* tiles */
+    void *sink;
+    void **tiles;
+    int64_t n_tiles; /* pages present: all tiles of the body */
+    int64_t tile_slots;
+    struct fkv_segment *segments;
+    int64_t n_segments;
+    int64_t segment_slots;
+    /* While an append is under way: the table of before, to go back to if it fails. */
+    void **old_tiles;
+    int64_t old_slots;
+};
+
+struct fkv_seq {
+    int64_t id; /* -1: free */
+    int64_t period;
+    struct fkv_shared_spectrum *shared; /* NULL for exact profiles */
+    struct fkv_account account;
+    struct fkv_layer *layers;
+};
+
+/* A spectrum in use by `users` sequences. */
+struct fkv_shared_spectrum {
+    struct fkv_shared_spectrum *next;
+    struct fkv_spectrum *spectrum;
+    int64_t users;
+};
+
+/* Where a layer's heads lie in its pages and segments; elements, not bytes. Constant after creation. */
+struct fkv_head_layout {
+    size_t kept[2]; /* of K and V in a kept page */
+    size_t rows[2]; /* first coefficient row of K and V in a segment */
+};
+struct fkv_layer_layout {
+    struct fkv_head_layout *heads;
+    size_t kept_elements;
+    size_t coded_rows;
+};
+
+struct fkv_cache_object {
+    _Atomic int refs;
+    struct fkv_ctx *ctx;
+    struct fkv_profile_object *profile;
+    uint64_t max_tokens;
+    uint64_t max_bytes;
+    _Atomic int lock; /* readers, or -1 for a writer */
+    bool closed;
+    uint64_t bytes;
+    size_t refused; /* size of the last allocation that failed */
+    struct fkv_account shared_account;
+    struct fkv_layer_layout *layouts; /* [n_layers]; NULL for exact profiles */
+    struct fkv_shared_spectrum *spectra;
+    struct fkv_seq **seqs; /* slots */
+    int64_t n_slots;
+    int64_t next_id;
+};
+
+/* cache.c */
+fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile,
+                         const fkv_cache_params *params, struct fkv_cache_object **out);
+void fkv_cache_ref(struct fkv_cache_object *cache);
+void fkv_cache_unref(struct fkv_cache_object *cache);
+/* Frees all data; the shell stays while plans refer to it. */
+void fkv_cache_clear(struct fkv_cache_object *cache);
+bool fkv_cache_read_lock(struct fkv_cache_object *cache);
+bool fkv_cache_write_lock(struct fkv_cache_object *cache);
+void fkv_cache_read_unlock(struct fkv_cache_object *cache);
+void fkv_cache_write_unlock(struct fkv_cache_object *cache);
+/* Counted allocation, zeroed, on the account of a sequence, or of the cache itself with seq NULL. */
+void *fkv_cache_alloc(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                      size_t bytes);
+void fkv_cache_free(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                    void *pointer, size_t bytes);
+fkv_status fkv_seq_new(struct fkv_cache_object *cache, int64_t period, int64_t *id);
+void fkv_seq_delete(struct fkv_cache_object *cache, struct fkv_seq *seq);
+/* NULL if the id is not living. */
+struct fkv_seq *fkv_seq_find(struct fkv_cache_object *cache, int64_t id);
+/* Tokens all layers hold; *equal tells whether they hold the same number. */
+int64_t fkv_seq_tokens(const struct fkv_cache_object *cache, const struct fkv_seq *seq, bool *equal);
+
+/* The status and message of the allocation that was refused last. */
+fkv_status fkv_cache_refused(struct fkv_cache_object *cache);
+/* Bytes of a cache without sequences, and of a sequence without tokens. */
+size_t fkv_cache_base_bytes(const struct fkv_profile_object *profile);
+size_t fkv_seq_base_bytes(const struct fkv_profile_object *profile);
+
+/* layer.c: sizes, and the growing and sealing of one layer */
+struct fkv_segment_bytes {
+    size_t coefficients, tables;
+};
+size_t fkv_exact_page_bytes(const struct fkv_profile_object *profile);
+size_t fkv_kept_page_bytes(const struct fkv_profile_object *profile, int layer);
+struct fkv_segment_bytes fkv_segment_size(const struct fkv_profile_object *profile, int layer,
+                                          int stride);
+/* Entries of a table that holds `count`: depends on the count alone, not on how it was reached. */
+int64_t fkv_slots_for(int64_t count);
+/* Tiles of a body, of which the first are coded, once the layer holds `tokens` tokens. */
+int64_t fkv_body_tiles(const struct fkv_profile_object *profile, int64_t tokens);
+int64_t fkv_tiles_to_code(const struct fkv_profile_object *profile, int64_t tokens);
+
+/* Makes room for n_new exact tokens. On failure the layer is as it was. */
+fkv_status fkv_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                          int64_t n_new);
+/* Ends a growth: keeps it, or drops what was added. */
+void fkv_layer_grown(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, bool keep);
+
+/* What coding up to `until` tiles will need, allocated ahead. */
+struct fkv_coding_room {
+    int64_t until;
+    void **kept; /* [until - n_coded]; entries NULL where nothing is kept */
+    int64_t kept_count;
+    struct fkv_segment *segments; /* the new table; NULL if the old one serves */
+    int64_t n_segments, segment_slots;
+};
+fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                             int64_t until, struct fkv_coding_room *room);
+void fkv_layer_unreserve(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                         struct fkv_coding_room *room);
+/* Takes the new segments into use, before coding. Cannot fail. */
+void fkv_layer_open_segments(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                             struct fkv_coding_room *room);
+/* Puts the kept pages in place of the exact ones, which are freed. Cannot fail. */
+void fkv_layer_seal(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                    struct fkv_coding_room *room);
+void fkv_layer_free(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer);
+
+/* stats.c */
+void fkv_cache_count(struct fkv_cache_object *cache, const struct fkv_seq *seq, fkv_stats *stats);
+fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t tokens, int64_t period,
+                               fkv_stats *stats);
+
+static inline int fkv_sinks(const struct fkv_profile_object *p) {
+    return p->coding == FKV_CODING_FOURIER ? p->fourier.n_sink : 0;
+}
+static inline int64_t fkv_tiles_per_segment(int64_t period) {
+    return period / FKV_TILE;
+}
+
+/* Page addressing, shared by codec and attention. */
+static inline size_t fkv_exact_offset(const struct fkv_profile_object *p, int kv_head, fkv_part part) {
+    return ((size_t)kv_head * 2 + (size_t)part) * (size_t)p->model.head_dim * FKV_TILE;
+}
+static inline char *fkv_element(const void *base, fkv_dtype dtype, size_t index) {
+    return (char *)(uintptr_t)base + index * (dtype == FKV_DTYPE_F32 ? 4 : 2);
+}
+
+#endif /* FKV_CACHE_CACHE_H */
