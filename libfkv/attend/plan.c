@@ -1,0 +1,324 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "attend/attend.h"
+#include "codec/rope.h"
+
+#include <math.h>
+#include <string.h>
+
+fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object **out) {
+    struct fkv_plan_object *plan = fkv_heap_calloc(&cache->ctx->heap, sizeof *plan);
+    *out = NULL;
+    if (!plan)
+        return fkv_fail_memory(cache->ctx, sizeof *plan, "a plan");
+    plan->ctx = cache->ctx;
+    plan->cache = cache;
+    fkv_cache_ref(cache);
+    *out = plan;
+    return FKV_OK;
+}
+
+static size_t rope_bytes(const struct fkv_plan_object *plan) {
+    return (size_t)plan->tokens * (size_t)(plan->cache->profile->model.rope_dim / 2) *
+           sizeof(float);
+}
+
+static void free_contents(struct fkv_plan_object *plan) {
+    struct fkv_heap *heap = &plan->ctx->heap;
+    fkv_heap_free(heap, plan->rows, (size_t)plan->n_rows * sizeof *plan->rows);
+    fkv_heap_free(heap, plan->rooms, (size_t)plan->n_rows * sizeof *plan->rooms);
+    fkv_heap_free(heap, plan->cos, rope_bytes(plan));
+    fkv_heap_free(heap, plan->sin, rope_bytes(plan));
+    fkv_heap_free(heap, plan->work.states, plan->work.bytes[0]);
+    fkv_heap_free(heap, plan->work.partials, plan->work.bytes[1]);
+    fkv_heap_free(heap, plan->work.scratches, plan->work.bytes[2]);
+}
+
+void fkv_plan_free(struct fkv_plan_object *plan) {
+    struct fkv_cache_object *cache = plan->cache;
+    free_contents(plan);
+    fkv_heap_free(&plan->ctx->heap, plan, sizeof *plan);
+    fkv_cache_unref(cache);
+}
+
+/* ---- update */
+
+/* Allocates; *bytes is set only on success so that free_contents() frees what is there. */
+static bool take(struct fkv_plan_object *plan, size_t count, size_t size, void *out, size_t *bytes) {
+    size_t total;
+    if (!fkv_mul_size(count, size, &total))
+        return false;
+    void *p = total ? fkv_heap_calloc(&plan->ctx->heap, total) : NULL;
+    if (total && !p)
+        return false;
+    memcpy(out, &p, sizeof p);
+    if (bytes)
+        *bytes = total;
+    return true;
+}
+
+static fkv_status no_memory(struct fkv_plan_object *plan) {
+    return fkv_fail(plan->ctx, FKV_ERR_NOMEM, "no memory for the workspace of the plan");
+}
+
+static fkv_status check_row(struct fkv_plan_object *plan, const fkv_batch *batch, int32_t i,
+                            struct fkv_row *row) {
+    struct fkv_cache_object *cache = plan->cache;
+    row->id = batch->sequences[i];
+    row->n_new = batch->n_new[i];
+    row->seq = fkv_seq_find(cache, row->id);
+    if (!row->seq)
+        return fkv_fail(plan->ctx, FKV_ERR_HANDLE, "sequences[%d]: %lld is no living sequence", i,
+                        (long long)row->id);
+    if (row->n_new < 0)
+        return fkv_fail(plan->ctx, FKV_ERR_INVALID, "n_new[%d]: %lld is negative", i,
+                        (long long)row->n_new);
+    bool equal;
+    row->base = fkv_seq_tokens(cache, row->seq, &equal);
+    if (!equal)
+        return fkv_fail(plan->ctx, FKV_ERR_STATE,
+                        "sequences[%d]: its layers hold unequal numbers of tokens (the least is "
+                        "%lld): finish the step",
+                        i, (long long)row->base);
+    if ((uint64_t)row->n_new > cache->max_tokens ||
+        (uint64_t)(row->base + row->n_new) > cache->max_tokens)
+        return fkv_fail(plan->ctx, FKV_ERR_LIMIT,
+                        "sequences[%d]: %lld + %lld tokens exceed the limit of %llu", i,
+                        (long long)row->base, (long long)row->n_new,
+                        (unsigned long long)cache->max_tokens);
+    for (int32_t j = 0; j < i; j++)
+        if (batch->sequences[j] == row->id)
+            return fkv_fail(plan->ctx, FKV_ERR_INVALID, "sequences[%d] is sequences[%d] again", i,
+                            j);
+    const struct fkv_profile_object *p = cache->profile;
+    int64_t coded = fkv_tiles_to_code(p, row->base + row->n_new);
+    if (p->coding == FKV_CODING_FOURIER && p->fourier.outgrow == FKV_OUTGROW_ERROR &&
+        coded > fkv_tiles_per_segment(row->seq->period))
+        return fkv_fail(plan->ctx, FKV_ERR_LIMIT,
+                        "sequences[%d]: %lld tokens outgrow its period of %lld tokens", i,
+                        (long long)(row->base + row->n_new), (long long)row->seq->period);
+    return FKV_OK;
+}
+
+static fkv_status check_positions(struct fkv_plan_object *plan, const fkv_batch *batch) {
+    if (!batch->positions) {
+        if (batch->positions_count)
+            return fkv_fail(plan->ctx, FKV_ERR_INVALID, "positions is NULL, positions_count is %lld",
+                            (long long)batch->positions_count);
+        return FKV_OK;
+    }
+    if (batch->positions_count != plan->tokens)
+        return fkv_fail(plan->ctx, FKV_ERR_INVALID,
+                        "positions_count: %lld, the step has %lld tokens",
+                        (long long)batch->positions_count, (long long)plan->tokens);
+    for (int64_t i = 0; i < plan->tokens; i++)
+        if (batch->positions[i] < 0 || batch->positions[i] > INT32_MAX)
+            return fkv_fail(plan->ctx, FKV_ERR_INVALID, "positions[%lld]: %lld is out of range",
+                            (long long)i, (long long)batch->positions[i]);
+    return FKV_OK;
+}
+
+static fkv_status set_rows(struct fkv_plan_object *plan, const fkv_batch *batch) {
+    size_t count = (size_t)batch->count;
+    if (!take(plan, count, sizeof *plan->rows, &plan->rows, NULL))
+        return no_memory(plan);
+    plan->n_rows = batch->count;
+    if (!take(plan, count, sizeof *plan->rooms, &plan->rooms, NULL))
+        return no_memory(plan);
+    const struct fkv_model *m = &plan->cache->profile->model;
+    for (int32_t i = 0; i < batch->count; i++) {
+        struct fkv_row *row = &plan->rows[i];
+        fkv_status status = check_row(plan, batch, i, row);
+        if (status != FKV_OK)
+            return status;
+        const int64_t rows_of_head = row->n_new * m->group;
+        row->offset = plan->tokens;
+        row->blocks = fkv_ceil_div(rows_of_head, FKV_UNIT_ROWS);
+        row->heads_per_unit = 1;
+        if (plan->cache->profile->coding == FKV_CODING_FOURIER && rows_of_head)
+            row->heads_per_unit =
+                (int)fkv_min64(m->n_kv_heads, fkv_max64(1, FKV_FFT_LANES / rows_of_head));
+        row->first_unit = plan->units;
+        plan->units += row->blocks * fkv_ceil_div(m->n_kv_heads, row->heads_per_unit);
+        plan->tokens += row->n_new;
+    }
+    return check_positions(plan, batch);
+}
+
+static fkv_status set_rope(struct fkv_plan_object *plan, const fkv_batch *batch) {
+    const struct fkv_model *m = &plan->cache->profile->model;
+    const size_t half = (size_t)(m->rope_dim / 2);
+    if (!take(plan, rope_bytes(plan), 1, &plan->cos, NULL) ||
+        !take(plan, rope_bytes(plan), 1, &plan->sin, NULL))
+        return no_memory(plan);
+    if (!half)
+        return FKV_OK;
+    for (int64_t i = 0; i < plan->n_rows; i++) {
+        const struct fkv_row *row = &plan->rows[i];
+        for (int64_t t = 0; t < row->n_new; t++) {
+            int64_t token = row->offset + t;
+            int64_t position = batch->positions ? batch->positions[token] : row->base + t;
+            fkv_rope_table(m, &position, 1, plan->cos + (size_t)token * half,
+                           plan->sin + (size_t)token * half);
+        }
+    }
+    return FKV_OK;
+}
+
+/* The most chunks that the layers of a row can show during the step. */
+static int64_t most_chunks(const struct fkv_profile_object *p, const struct fkv_row *row) {
+    const int64_t after = row->base + row->n_new, period = row->seq->period;
+    int64_t open = fkv_chunk_count(p, period, after, fkv_tiles_to_code(p, row->base));
+    int64_t sealed = fkv_chunk_count(p, period, after, fkv_tiles_to_code(p, after));
+    return fkv_max64(open, sealed);
+}
+
+static fkv_status set_workspace(struct fkv_plan_object *plan) {
+    const struct fkv_profile_object *p = plan->cache->profile;
+    struct fkv_workspace *w = &plan->work;
+    const int64_t threads = plan->ctx->threads, heads = p->model.n_kv_heads;
+    int64_t items = 0;
+    for (int64_t i = 0; i < plan->n_rows; i++) {
+        const struct fkv_row *row = &plan->rows[i];
+        int64_t after = fkv_tiles_to_code(p, row->base + row->n_new);
+        int64_t segments = fkv_ceil_div(after, fkv_tiles_per_segment(row->seq->period));
+        w->grid = fkv_max64(w->grid, segments * fkv_grid_floats(row->seq));
+        w->partial = fkv_max64(w->partial, fkv_partial_floats(p, row->seq));
+        w->scratch = fkv_max64(w->scratch, fkv_attend_scratch(p, row->seq));
+        items += row->blocks * heads * most_chunks(p, row);
+    }
+    w->state = fkv_state_floats(p, w->grid);
+    /* Many units keep all threads busy by themselves; one thread gains nothing from chunks. */
+    w->by_chunk = threads > 1 && plan->units < 4 * threads;
+    w->n_states = plan->units ? (w->by_chunk ? plan->units : threads) : 0;
+    w->n_partials = plan->units ? (w->by_chunk ? items : threads) : 0;
+    if (!take(plan, (size_t)w->n_states, (size_t)w->state * sizeof(float), &w->states,
+              &w->bytes[0]) ||
+        !take(plan, (size_t)w->n_partials, (size_t)w->partial * sizeof(float), &w->partials,
+              &w->bytes[1]) ||
+        !take(plan, (size_t)threads, (size_t)w->scratch * sizeof(float), &w->scratches,
+              &w->bytes[2]))
+        return no_memory(plan);
+    return FKV_OK;
+}
+
+fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
+    struct fkv_plan_object next = {.ctx = plan->ctx, .cache = plan->cache};
+    fkv_status status = set_rows(&next, batch);
+    if (status == FKV_OK)
+        status = set_rope(&next, batch);
+    if (status == FKV_OK)
+        status = set_workspace(&next);
+    if (status != FKV_OK) {
+        free_contents(&next);
+        return status;
+    }
+    free_contents(plan);
+    plan->rows = next.rows;
+    plan->rooms = next.rooms;
+    plan->n_rows = next.n_rows;
+    plan->tokens = next.tokens;
+    plan->units = next.units;
+    plan->cos = next.cos;
+    plan->sin = next.sin;
+    plan->work = next.work;
+    return FKV_OK;
+}
+
+/* ---- the calls of a step */
+
+fkv_status fkv_plan_check(struct fkv_plan_object *plan, int layer, bool appending, bool *appended) {
+    int64_t before = 0, after = 0;
+    for (int64_t i = 0; i < plan->n_rows; i++) {
+        struct fkv_row *row = &plan->rows[i];
+        row->seq = fkv_seq_find(plan->cache, row->id);
+        int64_t tokens = row->seq ? row->seq->layers[layer].tokens : -1;
+        if (tokens != row->base && tokens != row->base + row->n_new)
+            return fkv_fail(plan->ctx, FKV_ERR_STATE,
+                            "plan: sequence %lld has changed since the plan was updated",
+                            (long long)row->id);
+        if (row->n_new)
+            *(tokens == row->base ? &before : &after) += 1;
+    }
+    if ((before && after) || (appending && after))
+        return fkv_fail(plan->ctx, FKV_ERR_STATE, "plan: layer %d has had this step already", layer);
+    *appended = after > 0;
+    return FKV_OK;
+}
+
+fkv_status fkv_plan_check_finite(struct fkv_plan_object *plan, const char *name,
+                                 const struct fkv_view *x, int heads) {
+    const int D = plan->cache->profile->model.head_dim;
+    const size_t size = fkv_dtype_size(x->dtype);
+    if (plan->ctx->flags & FKV_CONTEXT_PROPAGATE_NONFINITE)
+        return FKV_OK;
+    for (int64_t t = 0; t < plan->tokens; t++)
+        for (int h = 0; h < heads; h++) {
+            const char *from = x->data + t * x->token_stride + h * x->head_stride;
+            for (int d = 0; d < D; d++) {
+                float value = fkv_load_element(from + (size_t)d * size, x->dtype);
+                if (!isfinite(value))
+                    return fkv_fail(plan->ctx, FKV_ERR_NONFINITE, "%s[%lld][%d][%d] = %g", name,
+                                    (long long)t, h, d, (double)value);
+            }
+        }
+    return FKV_OK;
+}
+
+/* Room for the new tokens and for what they will push into code, of all rows or of none. */
+static fkv_status make_room(struct fkv_plan_object *plan, int layer) {
+    fkv_status status = FKV_OK;
+    int64_t grown = 0, reserved = 0;
+    for (; grown < plan->n_rows; grown++) {
+        struct fkv_row *row = &plan->rows[grown];
+        status = fkv_layer_grow(plan->cache, row->seq, layer, row->n_new);
+        if (status != FKV_OK)
+            break;
+    }
+    for (; status == FKV_OK && reserved < plan->n_rows; reserved++) {
+        struct fkv_row *row = &plan->rows[reserved];
+        int64_t until = fkv_tiles_to_code(plan->cache->profile, row->base + row->n_new);
+        status = fkv_layer_reserve(plan->cache, row->seq, layer, until, &plan->rooms[reserved]);
+        if (status != FKV_OK)
+            break;
+    }
+    if (status == FKV_OK)
+        return FKV_OK;
+    while (reserved--)
+        fkv_layer_unreserve(plan->cache, plan->rows[reserved].seq, layer, &plan->rooms[reserved]);
+    while (grown--)
+        fkv_layer_grown(plan->cache, plan->rows[grown].seq, layer, false);
+    return status;
+}
+
+fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
+                           const struct fkv_view *k, const struct fkv_view *v,
+                           const struct fkv_view *out, const struct fkv_view *lse) {
+    const struct fkv_backend_ops *ops = plan->ctx->ops;
+    struct fkv_cache_object *cache = plan->cache;
+    fkv_status status = make_room(plan, layer);
+    if (status != FKV_OK)
+        return status;
+    bool stored = ops->store(plan, layer, k, v);
+    for (int64_t i = 0; i < plan->n_rows; i++) {
+        struct fkv_row *row = &plan->rows[i];
+        if (stored)
+            row->seq->layers[layer].tokens += row->n_new;
+        else
+            fkv_layer_unreserve(cache, row->seq, layer, &plan->rooms[i]);
+        fkv_layer_grown(cache, row->seq, layer, stored);
+    }
+    if (!stored)
+        return fkv_store_report(plan, k, v);
+    if (q)
+        ops->attend(plan, layer, q, out, lse);
+    for (int64_t i = 0; i < plan->n_rows; i++) {
+        struct fkv_row *row = &plan->rows[i];
+        struct fkv_coding_room *room = &plan->rooms[i];
+        if (room->until <= row->seq->layers[layer].n_coded)
+            continue;
+        fkv_layer_open_segments(cache, row->seq, layer, room);
+        ops->code(plan, row, layer, room);
+        fkv_layer_seal(cache, row->seq, layer, room);
+    }
+    return FKV_OK;
+}

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The object behind fkv_plan: the rows of a step, the RoPE tables of its tokens, and the workspace that
+ * every layer of the step uses again.
+ *
+ * Attention is cut into units: a block of up to FKV_UNIT_ROWS rows (a row being one query head of one query
+ * token) that share the KV heads they read, and chunks of up to 16 tiles of tokens. A partial result of one
+ * chunk is softmax-normalised to its own maximum; partials are merged in the order of the chunks. With few
+ * units the chunks run in parallel, with many the units do: the arithmetic of a row is the same.
+ */
+#ifndef FKV_ATTEND_PLAN_H
+#define FKV_ATTEND_PLAN_H
+
+#include "backend.h"
+#include "cache/cache.h"
+
+#define FKV_UNIT_ROWS 32
+#define FKV_CHUNK_TILES 16
+#define FKV_CHUNK_TOKENS (FKV_CHUNK_TILES * FKV_TILE)
+
+/* One sequence of the step. */
+struct fkv_row {
+    int64_t id;
+    struct fkv_seq *seq; /* found again by id in every call */
+    int64_t base;        /* tokens held before the step */
+    int64_t n_new;
+    int64_t offset;     /* of its first token in the batch */
+    int heads_per_unit; /* KV heads that share a unit */
+    int64_t blocks;     /* row blocks of a KV head */
+    int64_t first_unit;
+    /* set by each attend */
+    int64_t n_chunks;
+    int64_t first_item; /* of its (unit, head, chunk) items */
+};
+
+/* Sizes in floats, the same for all units of a plan. */
+struct fkv_workspace {
+    int64_t grid;     /* a row's grids of all segments */
+    int64_t partial;  /* a chunk's result for the rows of one head */
+    int64_t state;    /* a unit's */
+    int64_t scratch;  /* a thread's */
+    int64_t n_states; /* units, or threads */
+    int64_t n_partials;
+    bool by_chunk; /* chunks in parallel */
+    float *states, *partials, *scratches;
+    size_t bytes[3];
+};
+
+struct fkv_plan_object {
+    _Atomic int busy;
+    struct fkv_ctx *ctx;
+    struct fkv_cache_object *cache;
+    struct fkv_row *rows;
+    struct fkv_coding_room *rooms;
+    int64_t n_rows;
+    int64_t tokens;
+    int64_t units;
+    float *cos, *sin; /* [tokens][rope_dim / 2] */
+    struct fkv_workspace work;
+};
+
+fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object **out);
+void fkv_plan_free(struct fkv_plan_object *plan);
+fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch);
+/* Finds the sequences again and checks that each layer is before the step (*appended false) or after. */
+fkv_status fkv_plan_check(struct fkv_plan_object *plan, int layer, bool appending, bool *appended);
+/* append (q NULL) and append_attend; all views checked. */
+fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
+                           const struct fkv_view *k, const struct fkv_view *v,
+                           const struct fkv_view *out, const struct fkv_view *lse);
+/* NONFINITE with the first bad index, unless the context lets such values pass. */
+fkv_status fkv_plan_check_finite(struct fkv_plan_object *plan, const char *name,
+                                 const struct fkv_view *x, int heads);
+
+/* The CPU backend's operations: codec/store.c, codec/fourier.c, attend/attend.c. */
+bool fkv_store(struct fkv_plan_object *plan, int layer, const struct fkv_view *k,
+               const struct fkv_view *v);
+void fkv_code(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+              const struct fkv_coding_room *room);
+void fkv_attend_rows(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
+                     const struct fkv_view *out, const struct fkv_view *lse);
+/* Where a rotated or stored value first leaves the storage type's range, for the message. */
+fkv_status fkv_store_report(struct fkv_plan_object *plan, const struct fkv_view *k,
+                            const struct fkv_view *v);
+/* Floats of scratch that coding takes per thread. */
+int64_t fkv_code_scratch(int stride);
+
+/* read.c: K or V of `count` tokens as attention sees them, restored in double. scratch: as many
+ * bytes as fkv_read_scratch() says; NULL for exact profiles. */
+size_t fkv_read_scratch(const struct fkv_seq *seq);
+void fkv_read_tokens(const struct fkv_cache_object *cache, const struct fkv_seq *seq, int layer,
+                     fkv_part part, int64_t first, int64_t count, const struct fkv_view *out,
+                     double *scratch);
+
+/* merge.c */
+void fkv_merge_states(const struct fkv_view *out_a, const struct fkv_view *lse_a,
+                      const struct fkv_view *out_b, const struct fkv_view *lse_b, int64_t tokens,
+                      int64_t heads, int64_t dim);
+
+#endif /* FKV_ATTEND_PLAN_H */

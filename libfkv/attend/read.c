@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Reading back what is held, by the formulas of the header and in double: the slow, plain way. */
+#include "attend/plan.h"
+
+struct reader {
+    const struct fkv_cache_object *cache;
+    const struct fkv_seq *seq;
+    const struct fkv_layer *layer;
+    int layer_index;
+    fkv_part part;
+    double *phases; /* cos and sin of 2 pi n l / T for the token at hand, [bins] pairs */
+    double *rows;   /* weighted coefficients of a head's channels, [coded][bins] pairs */
+};
+
+static float exact_value(const struct reader *r, const void *page, int head, int64_t at, int d) {
+    const struct fkv_profile_object *p = r->cache->profile;
+    const size_t D = (size_t)p->model.head_dim, t = (size_t)at, c = (size_t)d;
+    size_t index = fkv_exact_offset(p, head, r->part);
+    index += r->part == FKV_PART_K ? c * FKV_TILE + t : t * D + c;
+    return fkv_load_element(fkv_element(page, p->storage_dtype, index), p->storage_dtype);
+}
+
+static void set_phases(const struct reader *r, int64_t local) {
+    const struct fkv_spectrum *sp = r->seq->shared->spectrum;
+    for (int n = 0; n < sp->bins; n++)
+        fkv_spectrum_phase(sp, n, local, &r->phases[2 * n], &r->phases[2 * n + 1]);
+}
+
+/* Coefficients of one channel as the restoration takes them: gain w_n (C[n] + beta ones[n]). */
+static void load_row(const struct reader *r, const struct fkv_segment *s, size_t row, double *to) {
+    const struct fkv_profile_object *p = r->cache->profile;
+    const struct fkv_spectrum *sp = r->seq->shared->spectrum;
+    const struct fkv_channel_state *state = &s->channels[row];
+    const fkv_dtype dtype = p->fourier.coefficient_dtype;
+    const bool authors = p->fourier.restoration == FKV_RESTORE_AUTHORS;
+    const char *c = fkv_element(s->coefficients, dtype, row * (size_t)sp->stride);
+    for (int i = 0; i < 2 * sp->bins; i++) {
+        const size_t at = (size_t)(i % 2 * sp->padded + i / 2);
+        double weight = (double)state->gain * (authors ? 1.0 : (double)sp->weight[i / 2]);
+        double value = (double)fkv_load_element(fkv_element(c, dtype, at), dtype);
+        to[i] = weight * (value + (double)state->beta * (double)s->ones[at]);
+    }
+}
+
+static double restore(const struct reader *r, double offset, const double *row) {
+    double sum = offset;
+    for (int i = 0; i < 2 * r->seq->shared->spectrum->bins; i++)
+        sum += row[i] * r->phases[i];
+    return sum;
+}
+
+/* Token `at` of body tile `tile`, all channels of a head. */
+static void coded_head(const struct reader *r, int head, int64_t tile, int64_t at, float *x) {
+    const struct fkv_profile_object *p = r->cache->profile;
+    const struct fkv_channels *c = fkv_profile_head(p, r->layer_index, r->part, head);
+    const struct fkv_head_layout *layout = &r->cache->layouts[r->layer_index].heads[head];
+    const int64_t per_segment = fkv_tiles_per_segment(r->seq->period);
+    const struct fkv_segment *s = &r->layer->segments[tile / per_segment];
+    const size_t kept = (size_t)c->kept, t = (size_t)at;
+    set_phases(r, tile % per_segment * FKV_TILE + at);
+    for (size_t i = 0; i < kept; i++) {
+        size_t index = layout->kept[r->part];
+        index += r->part == FKV_PART_K ? i * FKV_TILE + t : t * kept + i;
+        x[c->list[i]] = fkv_load_element(
+            fkv_element(r->layer->tiles[tile], p->storage_dtype, index), p->storage_dtype);
+    }
+    for (size_t i = 0; i < (size_t)c->coded; i++)
+        x[c->list[kept + i]] = (float)restore(
+            r, (double)s->channels[layout->rows[r->part] + i].offset,
+            r->rows + i * 2 * (size_t)r->seq->shared->spectrum->bins);
+}
+
+/* The rows of a head for the segment of a coded tile. */
+static void load_rows(const struct reader *r, int head, int64_t tile) {
+    const struct fkv_channels *c =
+        fkv_profile_head(r->cache->profile, r->layer_index, r->part, head);
+    const size_t first = r->cache->layouts[r->layer_index].heads[head].rows[r->part];
+    const struct fkv_segment *s =
+        &r->layer->segments[tile / fkv_tiles_per_segment(r->seq->period)];
+    for (size_t i = 0; i < (size_t)c->coded; i++)
+        load_row(r, s, first + i, r->rows + i * 2 * (size_t)r->seq->shared->spectrum->bins);
+}
+
+static void read_head(const struct reader *r, int head, int64_t first, int64_t count,
+                      const struct fkv_view *out) {
+    const struct fkv_profile_object *p = r->cache->profile;
+    const size_t size = fkv_dtype_size(out->dtype);
+    int64_t loaded = -1;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t body = first + i - fkv_sinks(p), tile = body / FKV_TILE;
+        float x[FKV_MAX_HEAD_DIM];
+        if (body >= 0 && tile < r->layer->n_coded) {
+            int64_t segment = tile / fkv_tiles_per_segment(r->seq->period);
+            if (segment != loaded)
+                load_rows(r, head, tile);
+            loaded = segment;
+            coded_head(r, head, tile, body % FKV_TILE, x);
+        } else {
+            const void *page = body < 0 ? r->layer->sink : r->layer->tiles[tile];
+            for (int d = 0; d < p->model.head_dim; d++)
+                x[d] = exact_value(r, page, head, body < 0 ? first + i : body % FKV_TILE, d);
+        }
+        char *row = out->data + i * out->token_stride + head * out->head_stride;
+        for (int d = 0; d < p->model.head_dim; d++)
+            fkv_store_element(row + (size_t)d * size, out->dtype, x[d]);
+    }
+}
+
+size_t fkv_read_scratch(const struct fkv_seq *seq) {
+    if (!seq->shared)
+        return 0;
+    return (FKV_MAX_HEAD_DIM + 1) * 2 * (size_t)seq->shared->spectrum->bins * sizeof(double);
+}
+
+void fkv_read_tokens(const struct fkv_cache_object *cache, const struct fkv_seq *seq, int layer,
+                     fkv_part part, int64_t first, int64_t count, const struct fkv_view *out,
+                     double *scratch) {
+    struct reader r = {cache, seq, &seq->layers[layer], layer, part, scratch, NULL};
+    if (seq->shared)
+        r.rows = scratch + 2 * seq->shared->spectrum->bins;
+    for (int h = 0; h < cache->profile->model.n_kv_heads; h++)
+        read_head(&r, h, first, count, out);
+}
