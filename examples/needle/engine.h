@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The forward pass: everything but attention is here, attention and the cache are libfkv's. */
+#ifndef NEEDLE_ENGINE_H
+#define NEEDLE_ENGINE_H
+
+#include "model.h"
+#include "progress.h"
+
+struct needle_engine {
+    const struct needle_model *model;
+    fkv_context *ctx;
+    fkv_cache *cache;
+    fkv_plan *plan;
+    fkv_sequence sequence; /* -1: none */
+    /* If set, every forward pass is observed: give it one prompt whole, on an empty sequence. */
+    fkv_calibrator *calibrator;
+    /* May be NULL; needle_engine_units() steps are made for each forward pass. */
+    struct needle_progress *progress;
+    /* Activations of `capacity` tokens, grown when needed. */
+    size_t capacity;
+    float *x;
+    float *q;
+    float *k;
+    float *v;
+    float *attention;
+    /* Activations of one block of rows. */
+    float *normed;
+    float *gate;
+    float *up;
+};
+
+/* Threads of the matrix products; 0 leaves the BLAS library's choice. */
+void needle_engine_threads(int32_t threads);
+
+int needle_engine_open(struct needle_engine *engine, const struct needle_model *model,
+                       fkv_context *ctx, fkv_profile *profile, struct needle_error *error);
+void needle_engine_close(struct needle_engine *engine);
+
+/* Frees the sequence, if there is one, and begins an empty one; `period` as in fkv_sequence_params. */
+int needle_engine_begin(struct needle_engine *engine, int64_t period, struct needle_error *error);
+
+/*
+ * Appends n tokens to the sequence in one step. `logits` gets [n_logits, vocab] of the last n_logits
+ * tokens. After an error the sequence can only be freed.
+ */
+int needle_engine_forward(struct needle_engine *engine, const uint8_t *tokens, size_t n,
+                          size_t n_logits, float *logits, struct needle_error *error);
+/* The same without logits, in steps of `chunk` tokens; 0: all in one. */
+int needle_engine_prefill(struct needle_engine *engine, const uint8_t *tokens, size_t n,
+                          size_t chunk, struct needle_error *error);
+/* Progress steps of needle_engine_prefill(). */
+uint64_t needle_engine_units(const struct needle_engine *engine, size_t n, size_t chunk);
+
+#endif

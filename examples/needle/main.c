@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _POSIX_C_SOURCE 200809L
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "calibrate.h"
+#include "engine.h"
+#include "options.h"
+#include "report.h"
+#include "run.h"
+
+/* Everything the program holds; each part may be empty. */
+struct program {
+    struct needle_options options;
+    struct needle_text text;
+    struct needle_words words;
+    struct needle_model model;
+    fkv_context *ctx;
+    fkv_profile *profile;
+    fkv_profile_info info;
+    FILE *logits;
+    struct needle_error error;
+};
+
+static int create_context(struct program *p) {
+    char message[512] = "";
+    fkv_context_params params;
+    fkv_context_params_init(&params, sizeof params);
+    params.threads = p->options.threads;
+    params.message = message;
+    params.message_bytes = sizeof message;
+    fkv_status status = fkv_context_create(&params, &p->ctx);
+    needle_engine_threads(p->options.threads);
+    return status ? needle_fail(&p->error, NEEDLE_FAILED, "context: %s: %s",
+                                fkv_status_string(status), message)
+                  : NEEDLE_OK;
+}
+
+static int open_logits(struct program *p) {
+    if (!p->options.logits) {
+        return NEEDLE_OK;
+    }
+    p->logits = fopen(p->options.logits, "wb");
+    return p->logits ? NEEDLE_OK
+                     : needle_fail(&p->error, NEEDLE_FAILED, "%s: %s", p->options.logits,
+                                   strerror(errno));
+}
+
+static int check_profile(struct program *p, const char *path) {
+    const struct needle_config *c = &p->model.config;
+    const fkv_profile_info *i = &p->info;
+    if (i->n_layers != c->n_layers || i->n_q_heads != c->n_heads ||
+        i->n_kv_heads != c->n_kv_heads || i->head_dim != c->head_dim ||
+        i->rope_layout != FKV_ROPE_HALF_SPLIT || i->rope_dim != c->head_dim) {
+        return needle_fail(&p->error, NEEDLE_BAD_INPUT, "%s: a profile of another model than %s",
+                           path, p->options.model);
+    }
+    return NEEDLE_OK;
+}
+
+static int load_profile(struct program *p, const char *path) {
+    fkv_status status = fkv_profile_load_file(p->ctx, path, &p->profile);
+    if (status) {
+        int code = status == FKV_ERR_NOMEM ? NEEDLE_FAILED : NEEDLE_BAD_INPUT;
+        return needle_fail_fkv(&p->error, code, p->ctx, status, path);
+    }
+    status = fkv_profile_query(p->profile, &p->info);
+    return status ? needle_fail_fkv(&p->error, NEEDLE_FAILED, p->ctx, status, path)
+                  : check_profile(p, path);
+}
+
+static int load_model_profile(struct program *p) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/fourier.json", p->options.model);
+    if (access(path, F_OK) != 0) {
+        return needle_fail(&p->error, NEEDLE_BAD_INPUT,
+                           "%s: %s; make it with: fkv-needle --model %s --calibrate %s", path,
+                           strerror(errno), p->options.model, path);
+    }
+    return load_profile(p, path);
+}
+
+static int create_exact_profile(struct program *p) {
+    fkv_model_params params;
+    needle_model_params(&p->model, &params);
+    fkv_status status = fkv_profile_create_exact(p->ctx, &params, p->options.storage, &p->profile);
+    return status ? needle_fail_fkv(&p->error, NEEDLE_FAILED, p->ctx, status, "exact profile")
+                  : NEEDLE_OK;
+}
+
+static int make_profile(struct program *p) {
+    p->info.struct_size = sizeof p->info;
+    return !strcmp(p->options.profile, "exact")     ? create_exact_profile(p)
+           : !strcmp(p->options.profile, "fourier") ? load_model_profile(p)
+                                                    : load_profile(p, p->options.profile);
+}
+
+static int make_item(struct program *p, size_t index, struct needle_item *item) {
+    const struct needle_options *o = &p->options;
+    const struct needle_source source = {needle_text_half(&p->text, 1), &p->words};
+    struct needle_random random = needle_random_stream(o->seed, index);
+    switch (o->task) {
+    case NEEDLE_TASK_COPY:
+        return needle_item_copy(source, o->context, &random, item, &p->error);
+    case NEEDLE_TASK_TEXT:
+        return needle_item_text(source, o->context, index, item, &p->error);
+    default:
+        return needle_item_niah(source, o->context,
+                                o->depth >= 0 ? o->depth : ((double)index + 0.5) / (double)o->items,
+                                o->distractors, &random, item, &p->error);
+    }
+}
+
+static int ask(struct program *p, struct needle_run *run, struct needle_report *report) {
+    const struct needle_options *o = &p->options;
+    int code = NEEDLE_OK;
+    for (size_t i = 0; i < o->items && !code; i++) {
+        struct needle_item item;
+        struct needle_result result = {0};
+        char label[64];
+        snprintf(label, sizeof label, "item %zu of %zu, prefill", i + 1, o->items);
+        run->label = label;
+        code = make_item(p, i, &item);
+        code = code ? code : needle_run_item(run, &item, &result, &p->error);
+        code = code ? code : needle_report_item(report, &item, &result, &p->error);
+        needle_result_free(&result);
+        needle_item_free(&item);
+    }
+    return code;
+}
+
+static int ask_all(struct program *p) {
+    struct needle_engine engine;
+    int code = make_profile(p);
+    code = code ? code : open_logits(p);
+    code = code ? code : needle_engine_open(&engine, &p->model, p->ctx, p->profile, &p->error);
+    if (code) {
+        return code;
+    }
+    struct needle_run run = {.engine = &engine,
+                             .task = p->options.task,
+                             .chunk = p->options.chunk,
+                             .n_sink = p->info.n_sink,
+                             .n_local = p->info.n_local,
+                             .logits = p->logits,
+                             .logits_path = p->options.logits};
+    struct needle_report report = {.options = &p->options};
+    code = ask(p, &run, &report);
+    if (!code || (code == NEEDLE_INTERRUPTED && report.items)) {
+        struct needle_error ignored;
+        int failed = needle_report_summary(&report, code ? &ignored : &p->error);
+        code = code ? code : failed;
+    }
+    needle_engine_close(&engine);
+    return code;
+}
+
+static void warn(const struct program *p) {
+    const struct needle_options *o = &p->options;
+    const int32_t window = p->model.config.trained_window;
+    if (window > 0 && o->context > (size_t)window) {
+        fprintf(stderr,
+                "fkv-needle: note: the model was trained for %d tokens; beyond that plain "
+                "attention finds nothing\n",
+                window);
+    }
+    if (p->text.count / 2 < o->context) {
+        fprintf(stderr, "fkv-needle: note: half of the text has %zu bytes and is repeated%s\n",
+                p->text.count / 2,
+                o->task == NEEDLE_TASK_TEXT ? ", which makes it easy to predict" : "");
+    }
+}
+
+static int run_program(struct program *p) {
+    const struct needle_options *o = &p->options;
+    int code = needle_model_load(o->model, &p->model, &p->error);
+    code = code ? code : needle_text_load(o->text, &p->text, &p->error);
+    code = code ? code : needle_words_collect(&p->text, &p->words, &p->error);
+    code = code ? code : create_context(p);
+    if (code) {
+        return code;
+    }
+    warn(p);
+    if (o->calibrate) {
+        const struct needle_source source = {needle_text_half(&p->text, 0), &p->words};
+        return needle_calibrate(o, &p->model, p->ctx, source, &p->error);
+    }
+    return ask_all(p);
+}
+
+static int release(struct program *p, int code) {
+    if (p->logits && fclose(p->logits) != 0 && !code) {
+        code = needle_fail(&p->error, NEEDLE_FAILED, "%s: %s", p->options.logits, strerror(errno));
+    }
+    if ((fflush(stdout) != 0 || ferror(stdout)) && !code) {
+        code = needle_fail(&p->error, NEEDLE_FAILED, "standard output could not be written");
+    }
+    fkv_profile_destroy(p->profile);
+    fkv_context_destroy(p->ctx);
+    needle_words_free(&p->words);
+    needle_text_free(&p->text);
+    needle_model_free(&p->model);
+    return code;
+}
+
+int main(int argc, char **argv) {
+    struct program p = {0};
+    int code = needle_options_parse(argc, argv, &p.options, &p.error);
+    if (!code && p.options.help) {
+        fputs(needle_usage, stdout);
+    } else if (!code && p.options.version) {
+        printf("fkv-needle, libfkv %s\n", fkv_version_string());
+    } else if (!code) {
+        needle_catch_interrupt();
+        code = run_program(&p);
+    }
+    code = release(&p, code);
+    if (code) {
+        fprintf(stderr, "fkv-needle: %s\n", p.error.text);
+    }
+    return code;
+}

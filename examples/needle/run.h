@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Puts one item to the model and measures. */
+#ifndef NEEDLE_RUN_H
+#define NEEDLE_RUN_H
+
+#include <stdio.h>
+
+#include "engine.h"
+#include "tasks.h"
+
+struct needle_result {
+    uint8_t *answer; /* [expected], what the model said */
+    size_t expected; /* tokens of the right answer */
+    bool right;
+    double byte_accuracy;
+    double bits_per_byte; /* of the right answer; copy and text only */
+    size_t prefill_tokens;
+    double prefill_s;
+    size_t decode_tokens; /* forward passes of one token; copy and text: tokens of the only one */
+    double decode_s;
+    uint64_t kv_bytes;
+    uint64_t dense_bytes;
+    double ratio;
+    uint64_t peak_rss_bytes;
+};
+
+struct needle_run {
+    struct needle_engine *engine;
+    enum needle_task task;
+    size_t chunk;    /* of the prefill; 0: the whole context */
+    int64_t n_sink;  /* of the profile */
+    int64_t n_local; /* of the profile */
+    FILE *logits;    /* may be NULL */
+    const char *logits_path;
+    const char *label; /* of the progress bar */
+};
+
+/*
+ * Begins a new sequence, fills it with the context, and only then shows the question. niah: the answer is
+ * generated greedily. copy and text: the right answer is given token by token and every prediction
+ * compared. result->answer is freed with needle_result_free().
+ */
+int needle_run_item(const struct needle_run *run, const struct needle_item *item,
+                    struct needle_result *result, struct needle_error *error);
+void needle_result_free(struct needle_result *result);
+
+#endif
