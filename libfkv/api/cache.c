@@ -61,8 +61,9 @@ fkv_status fkv_cache_destroy(fkv_cache *cache) {
     if (!c)
         return FKV_ERR_HANDLE;
     if (!fkv_cache_write_lock(c)) { /* a plan is working on it */
+        fkv_status busy = fkv_fail(c->ctx, FKV_ERR_BUSY, "another thread is using the cache");
         fkv_handle_release(cache);
-        return fkv_fail(c->ctx, FKV_ERR_BUSY, "another thread is using the cache");
+        return busy;
     }
     fkv_handle_release(cache);
     fkv_status status = fkv_handle_close(FKV_KIND_CACHE, cache, &object);
@@ -127,9 +128,6 @@ fkv_status fkv_sequence_create(fkv_cache *cache, const fkv_sequence_params *para
         status = fkv_params_read(c->ctx, "params", params, sizeof own, &own, sizeof own);
     if (status == FKV_OK && own.reserved)
         status = fkv_fail(c->ctx, FKV_ERR_UNSUPPORTED, "params.reserved is not zero");
-    if (status == FKV_OK && own.period < 0)
-        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "params.period: %lld is negative",
-                          (long long)own.period);
     if (status == FKV_OK)
         status = check_period(c->profile, &own.period);
     int64_t id;
@@ -194,7 +192,7 @@ static fkv_status read_sequence(struct fkv_cache_object *c, fkv_sequence sequenc
     const size_t bytes = fkv_read_scratch(seq);
     double *scratch = bytes ? fkv_heap_alloc(&c->ctx->heap, bytes) : NULL;
     if (bytes && !scratch)
-        return fkv_fail(c->ctx, FKV_ERR_NOMEM, "no memory for %zu bytes", bytes);
+        return fkv_fail_memory(c->ctx, bytes, "reading");
     for (int part = 0; part < 2; part++)
         if (tensors[part])
             fkv_read_tokens(c, seq, layer, part, first, count, &views[part], scratch);

@@ -13,8 +13,8 @@ fkv_status fkv_plan_create(fkv_cache *cache, fkv_plan **out) {
     if (!c)
         return FKV_ERR_HANDLE;
     struct fkv_plan_object *plan = NULL;
-    fkv_status status = out ? fkv_plan_new(c, &plan)
-                            : fkv_fail(c->ctx, FKV_ERR_INVALID, "out is NULL");
+    fkv_status status =
+        out ? fkv_plan_new(c, &plan) : fkv_fail(c->ctx, FKV_ERR_INVALID, "out is NULL");
     if (status == FKV_OK) {
         *out = fkv_handle_create(FKV_KIND_PLAN, plan);
         if (!*out) {

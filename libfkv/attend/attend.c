@@ -99,7 +99,7 @@ struct unit {
     int head, n_heads;
     int64_t first_row;
     int rows;
-    int dim_stride; /* of q, permuted and o */
+    int dim_stride;  /* of q, permuted and o */
     float *q;        /* [n_heads][rows][dim]: rotated and scaled */
     float *permuted; /* the same, kept channels first */
     float *o;
@@ -131,7 +131,8 @@ static struct unit unit_at(const struct job *job, int64_t index, int thread) {
     const struct fkv_workspace *w = &plan->work;
     const struct fkv_model *m = &job->profile->model;
     int64_t low = 0, high = plan->n_rows - 1;
-    while (low < high) { /* the last row with first_unit <= index has units, those behind have not */
+    while (low <
+           high) { /* the last row with first_unit <= index has units, those behind have not */
         int64_t middle = (low + high + 1) / 2;
         if (plan->rows[middle].first_unit <= index)
             low = middle;
@@ -172,11 +173,8 @@ static void load_query(const struct job *job, const struct unit *u, int h, int r
     const struct fkv_model *m = &job->profile->model;
     const int64_t at = u->first_row + r, token = u->row->offset + at / m->group;
     const int head = (u->head + h) * m->group + (int)(at % m->group), D = m->head_dim;
-    const char *from = job->q->data + token * job->q->token_stride + head * job->q->head_stride;
-    _Alignas(64) char copy[(MAX_D + 16) * sizeof(float)]; /* callers' arrays are not padded */
     float *q = u->q + (ptrdiff_t)(h * u->rows + r) * u->dim_stride;
-    memcpy(copy, from, (size_t)D * fkv_dtype_size(job->q->dtype));
-    job->kernels->widen[fkv_store_of(job->q->dtype)](q, copy, (size_t)D);
+    fkv_load_head(job->kernels, job->q, token, head, D, q);
     fkv_rope_apply(m, q, job->plan->cos + token * (m->rope_dim / 2),
                    job->plan->sin + token * (m->rope_dim / 2));
     for (int d = 0; d < D; d++)
@@ -371,12 +369,12 @@ static void weigh_tile(const struct chunk_job *c, int tile, int first, int rows,
     const struct fkv_head_layout *layout =
         &job->plan->cache->layouts[job->layer].heads[u->head + c->h];
     if (channels->kept)
-        weigh(c->kept + (ptrdiff_t)first * u->dim_stride, u->dim_stride, weights,
-              FKV_CHUNK_TOKENS, fkv_element(page, p->storage_dtype, layout->kept[FKV_PART_V]),
-              channels->kept, tokens, rows);
+        weigh(c->kept + (ptrdiff_t)first * u->dim_stride, u->dim_stride, weights, FKV_CHUNK_TOKENS,
+              fkv_element(page, p->storage_dtype, layout->kept[FKV_PART_V]), channels->kept, tokens,
+              rows);
     if (channels->coded)
-        job->kernels->spread(to->mass + first * to->mass_stride +
-                                 grid_of_tile(c, tile) - grid_of_tile(c, 0),
+        job->kernels->spread(to->mass + first * to->mass_stride + grid_of_tile(c, tile) -
+                                 grid_of_tile(c, 0),
                              to->mass_stride, weights, FKV_CHUNK_TOKENS,
                              &u->row->seq->shared->spectrum->taps, tokens, rows);
 }
@@ -492,9 +490,8 @@ static void expand_head(const struct job *job, const struct unit *u, const struc
         for (int n = 0; n < sp->stride; n++)
             ones[r] += row[n] * s->ones[n];
     }
-    job->kernels->expand[store](o, MAX_D, sums, sp->stride,
-                                segment_rows(job, u, s, h, FKV_PART_V), sp->stride, c->coded,
-                                sp->stride, u->rows);
+    job->kernels->expand[store](o, MAX_D, sums, sp->stride, segment_rows(job, u, s, h, FKV_PART_V),
+                                sp->stride, c->coded, sp->stride, u->rows);
     for (int r = 0; r < u->rows; r++)
         for (int d = 0; d < c->coded; d++)
             u->o[(ptrdiff_t)(h * u->rows + r) * u->dim_stride + c->list[c->kept + d]] +=
@@ -570,8 +567,7 @@ static int64_t first_item(const struct job *job, const struct unit *u, int64_t u
     const int64_t local = unit - u->row->first_unit;
     const int64_t heads_before = local / blocks * u->row->heads_per_unit;
     const int64_t here = fkv_min64(u->row->heads_per_unit, heads - heads_before);
-    return u->row->first_item +
-           (heads_before * blocks + local % blocks * here) * u->row->n_chunks;
+    return u->row->first_item + (heads_before * blocks + local % blocks * here) * u->row->n_chunks;
 }
 
 static void run_chunk(void *arg, int64_t item, int thread) {
@@ -583,8 +579,8 @@ static void run_chunk(void *arg, int64_t item, int thread) {
     const struct fkv_row *at = &plan->rows[row];
     const int64_t local = (item - at->first_item) / at->n_chunks; /* (unit, head) */
     const int64_t full = at->heads_per_unit * at->blocks, group = local / full;
-    const int64_t here = fkv_min64(at->heads_per_unit,
-                                   job->profile->model.n_kv_heads - group * at->heads_per_unit);
+    const int64_t here =
+        fkv_min64(at->heads_per_unit, job->profile->model.n_kv_heads - group * at->heads_per_unit);
     const int64_t rest = local - group * full;
     const int64_t unit = at->first_unit + group * at->blocks + rest / here;
     const struct unit u = unit_at(job, unit, thread);

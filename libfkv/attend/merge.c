@@ -22,8 +22,8 @@ void fkv_merge_states(const struct fkv_view *out_a, const struct fkv_view *lse_a
             for (int64_t d = 0; d < dim; d++) {
                 char *to = a + d * (int64_t)fkv_dtype_size(out_a->dtype);
                 float va = fkv_load_element(to, out_a->dtype);
-                float vb = fkv_load_element(b + d * (int64_t)fkv_dtype_size(out_b->dtype),
-                                            out_b->dtype);
+                float vb =
+                    fkv_load_element(b + d * (int64_t)fkv_dtype_size(out_b->dtype), out_b->dtype);
                 fkv_store_element(to, out_a->dtype, (va * wa + vb * wb) / sum);
             }
             float lse = max + logf(sum);

@@ -43,21 +43,18 @@ void fkv_plan_free(struct fkv_plan_object *plan) {
 /* ---- update */
 
 /* Allocates; *bytes is set only on success so that free_contents() frees what is there. */
-static bool take(struct fkv_plan_object *plan, size_t count, size_t size, void *out, size_t *bytes) {
+static fkv_status take(struct fkv_plan_object *plan, size_t count, size_t size, void *out,
+                       size_t *bytes) {
     size_t total;
     if (!fkv_mul_size(count, size, &total))
-        return false;
+        return fkv_fail(plan->ctx, FKV_ERR_LIMIT, "plan: %zu * %zu bytes overflow", count, size);
     void *p = total ? fkv_heap_calloc(&plan->ctx->heap, total) : NULL;
     if (total && !p)
-        return false;
+        return fkv_fail_memory(plan->ctx, total, "plan");
     memcpy(out, &p, sizeof p);
     if (bytes)
         *bytes = total;
-    return true;
-}
-
-static fkv_status no_memory(struct fkv_plan_object *plan) {
-    return fkv_fail(plan->ctx, FKV_ERR_NOMEM, "no memory for the workspace of the plan");
+    return FKV_OK;
 }
 
 static fkv_status check_row(struct fkv_plan_object *plan, const fkv_batch *batch, int32_t i,
@@ -81,10 +78,9 @@ static fkv_status check_row(struct fkv_plan_object *plan, const fkv_batch *batch
                         i, (long long)row->base);
     if ((uint64_t)row->n_new > cache->max_tokens ||
         (uint64_t)(row->base + row->n_new) > cache->max_tokens)
-        return fkv_fail(plan->ctx, FKV_ERR_LIMIT,
-                        "sequences[%d]: %lld + %lld tokens exceed the limit of %llu", i,
-                        (long long)row->base, (long long)row->n_new,
-                        (unsigned long long)cache->max_tokens);
+        return fkv_fail(
+            plan->ctx, FKV_ERR_LIMIT, "sequences[%d]: %lld + %lld tokens exceed the limit of %llu",
+            i, (long long)row->base, (long long)row->n_new, (unsigned long long)cache->max_tokens);
     for (int32_t j = 0; j < i; j++)
         if (batch->sequences[j] == row->id)
             return fkv_fail(plan->ctx, FKV_ERR_INVALID, "sequences[%d] is sequences[%d] again", i,
@@ -102,7 +98,8 @@ static fkv_status check_row(struct fkv_plan_object *plan, const fkv_batch *batch
 static fkv_status check_positions(struct fkv_plan_object *plan, const fkv_batch *batch) {
     if (!batch->positions) {
         if (batch->positions_count)
-            return fkv_fail(plan->ctx, FKV_ERR_INVALID, "positions is NULL, positions_count is %lld",
+            return fkv_fail(plan->ctx, FKV_ERR_INVALID,
+                            "positions is NULL, positions_count is %lld",
                             (long long)batch->positions_count);
         return FKV_OK;
     }
@@ -119,15 +116,17 @@ static fkv_status check_positions(struct fkv_plan_object *plan, const fkv_batch 
 
 static fkv_status set_rows(struct fkv_plan_object *plan, const fkv_batch *batch) {
     size_t count = (size_t)batch->count;
-    if (!take(plan, count, sizeof *plan->rows, &plan->rows, NULL))
-        return no_memory(plan);
+    fkv_status status = take(plan, count, sizeof *plan->rows, &plan->rows, NULL);
+    if (status != FKV_OK)
+        return status;
     plan->n_rows = batch->count;
-    if (!take(plan, count, sizeof *plan->rooms, &plan->rooms, NULL))
-        return no_memory(plan);
+    status = take(plan, count, sizeof *plan->rooms, &plan->rooms, NULL);
+    if (status != FKV_OK)
+        return status;
     const struct fkv_model *m = &plan->cache->profile->model;
     for (int32_t i = 0; i < batch->count; i++) {
         struct fkv_row *row = &plan->rows[i];
-        fkv_status status = check_row(plan, batch, i, row);
+        status = check_row(plan, batch, i, row);
         if (status != FKV_OK)
             return status;
         const int64_t rows_of_head = row->n_new * m->group;
@@ -147,11 +146,11 @@ static fkv_status set_rows(struct fkv_plan_object *plan, const fkv_batch *batch)
 static fkv_status set_rope(struct fkv_plan_object *plan, const fkv_batch *batch) {
     const struct fkv_model *m = &plan->cache->profile->model;
     const size_t half = (size_t)(m->rope_dim / 2);
-    if (!take(plan, rope_bytes(plan), 1, &plan->cos, NULL) ||
-        !take(plan, rope_bytes(plan), 1, &plan->sin, NULL))
-        return no_memory(plan);
-    if (!half)
-        return FKV_OK;
+    fkv_status status = take(plan, rope_bytes(plan), 1, &plan->cos, NULL);
+    if (status == FKV_OK)
+        status = take(plan, rope_bytes(plan), 1, &plan->sin, NULL);
+    if (status != FKV_OK || !half)
+        return status;
     for (int64_t i = 0; i < plan->n_rows; i++) {
         const struct fkv_row *row = &plan->rows[i];
         for (int64_t t = 0; t < row->n_new; t++) {
@@ -191,14 +190,15 @@ static fkv_status set_workspace(struct fkv_plan_object *plan) {
     w->by_chunk = threads > 1 && plan->units < 4 * threads;
     w->n_states = plan->units ? (w->by_chunk ? plan->units : threads) : 0;
     w->n_partials = plan->units ? (w->by_chunk ? items : threads) : 0;
-    if (!take(plan, (size_t)w->n_states, (size_t)w->state * sizeof(float), &w->states,
-              &w->bytes[0]) ||
-        !take(plan, (size_t)w->n_partials, (size_t)w->partial * sizeof(float), &w->partials,
-              &w->bytes[1]) ||
-        !take(plan, (size_t)threads, (size_t)w->scratch * sizeof(float), &w->scratches,
-              &w->bytes[2]))
-        return no_memory(plan);
-    return FKV_OK;
+    fkv_status status =
+        take(plan, (size_t)w->n_states, (size_t)w->state * sizeof(float), &w->states, &w->bytes[0]);
+    if (status == FKV_OK)
+        status = take(plan, (size_t)w->n_partials, (size_t)w->partial * sizeof(float), &w->partials,
+                      &w->bytes[1]);
+    if (status == FKV_OK)
+        status = take(plan, (size_t)threads, (size_t)w->scratch * sizeof(float), &w->scratches,
+                      &w->bytes[2]);
+    return status;
 }
 
 fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
@@ -240,7 +240,8 @@ fkv_status fkv_plan_check(struct fkv_plan_object *plan, int layer, bool appendin
             *(tokens == row->base ? &before : &after) += 1;
     }
     if ((before && after) || (appending && after))
-        return fkv_fail(plan->ctx, FKV_ERR_STATE, "plan: layer %d has had this step already", layer);
+        return fkv_fail(plan->ctx, FKV_ERR_STATE, "plan: layer %d has had this step already",
+                        layer);
     *appended = after > 0;
     return FKV_OK;
 }

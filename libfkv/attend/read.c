@@ -65,9 +65,9 @@ static void coded_head(const struct reader *r, int head, int64_t tile, int64_t a
             fkv_element(r->layer->tiles[tile], p->storage_dtype, index), p->storage_dtype);
     }
     for (size_t i = 0; i < (size_t)c->coded; i++)
-        x[c->list[kept + i]] = (float)restore(
-            r, (double)s->channels[layout->rows[r->part] + i].offset,
-            r->rows + i * 2 * (size_t)r->seq->shared->spectrum->bins);
+        x[c->list[kept + i]] =
+            (float)restore(r, (double)s->channels[layout->rows[r->part] + i].offset,
+                           r->rows + i * 2 * (size_t)r->seq->shared->spectrum->bins);
 }
 
 /* The rows of a head for the segment of a coded tile. */
@@ -75,8 +75,7 @@ static void load_rows(const struct reader *r, int head, int64_t tile) {
     const struct fkv_channels *c =
         fkv_profile_head(r->cache->profile, r->layer_index, r->part, head);
     const size_t first = r->cache->layouts[r->layer_index].heads[head].rows[r->part];
-    const struct fkv_segment *s =
-        &r->layer->segments[tile / fkv_tiles_per_segment(r->seq->period)];
+    const struct fkv_segment *s = &r->layer->segments[tile / fkv_tiles_per_segment(r->seq->period)];
     for (size_t i = 0; i < (size_t)c->coded; i++)
         load_row(r, s, first + i, r->rows + i * 2 * (size_t)r->seq->shared->spectrum->bins);
 }

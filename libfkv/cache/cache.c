@@ -29,18 +29,11 @@ void fkv_cache_free(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fk
 }
 
 fkv_status fkv_cache_refused(struct fkv_cache_object *cache) {
-    uint64_t refused = cache->refused, live = atomic_load(&cache->ctx->heap.live);
-    uint64_t all = cache->ctx->heap.max_bytes;
-    if (cache->bytes + refused > cache->max_bytes)
+    if (cache->bytes + cache->refused > cache->max_bytes)
         return fkv_fail(cache->ctx, FKV_ERR_LIMIT,
-                        "cache: %llu bytes more would exceed its limit of %llu bytes",
-                        (unsigned long long)refused, (unsigned long long)cache->max_bytes);
-    if (all && live + refused > all)
-        return fkv_fail(cache->ctx, FKV_ERR_LIMIT,
-                        "context: %llu bytes more would exceed its limit of %llu bytes",
-                        (unsigned long long)refused, (unsigned long long)all);
-    return fkv_fail(cache->ctx, FKV_ERR_NOMEM, "no memory for %llu bytes",
-                    (unsigned long long)refused);
+                        "cache: %zu bytes more would pass its limit of %llu bytes", cache->refused,
+                        (unsigned long long)cache->max_bytes);
+    return fkv_fail_memory(cache->ctx, cache->refused, "cache");
 }
 
 /* ---- locks: a reader or writer that cannot have the cache at once is told so, not made to wait */
@@ -102,7 +95,7 @@ fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile
     struct fkv_cache_object *cache = fkv_heap_calloc(&ctx->heap, sizeof *cache);
     *out = NULL;
     if (!cache)
-        return fkv_fail(ctx, FKV_ERR_NOMEM, "no memory for a cache");
+        return fkv_fail_memory(ctx, sizeof *cache, "cache");
     cache->refs = 1;
     cache->ctx = ctx;
     cache->profile = profile;
@@ -177,8 +170,8 @@ static fkv_status share_spectrum(struct fkv_cache_object *cache, int64_t period,
         return fkv_cache_refused(cache);
     fkv_status status = FKV_ERR_NOMEM;
     if (tables <= cache->max_bytes - cache->bytes)
-        status = fkv_spectrum_create(&cache->ctx->heap, cache->ctx->kernels, period, bins,
-                                     &s->spectrum);
+        status =
+            fkv_spectrum_create(&cache->ctx->heap, cache->ctx->kernels, period, bins, &s->spectrum);
     if (status != FKV_OK) {
         cache->refused = tables;
         fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, s, own);
@@ -216,7 +209,8 @@ size_t fkv_seq_base_bytes(const struct fkv_profile_object *profile) {
     return sizeof(struct fkv_seq) + (size_t)profile->model.n_layers * sizeof(struct fkv_layer);
 }
 
-static fkv_status free_slot(struct fkv_cache_object *cache, int64_t *slot) {
+/* A free slot; the table grows if there is none. */
+static fkv_status take_slot(struct fkv_cache_object *cache, int64_t *slot) {
     for (*slot = 0; *slot < cache->n_slots; ++*slot)
         if (!cache->seqs[*slot])
             return FKV_OK;
@@ -224,8 +218,7 @@ static fkv_status free_slot(struct fkv_cache_object *cache, int64_t *slot) {
     if (slots > INT64_C(1) << SLOT_BITS || cache->next_id >= INT64_MAX >> SLOT_BITS)
         return fkv_fail(cache->ctx, FKV_ERR_LIMIT, "cache: too many sequences");
     size_t size = sizeof *cache->seqs;
-    struct fkv_seq **seqs =
-        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)slots * size);
+    struct fkv_seq **seqs = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)slots * size);
     if (!seqs)
         return fkv_cache_refused(cache);
     if (cache->n_slots)
@@ -237,24 +230,23 @@ static fkv_status free_slot(struct fkv_cache_object *cache, int64_t *slot) {
 }
 
 fkv_status fkv_seq_new(struct fkv_cache_object *cache, int64_t period, int64_t *id) {
-    int64_t slot;
-    fkv_status status = free_slot(cache, &slot);
+    const size_t bytes = fkv_seq_base_bytes(cache->profile);
+    struct fkv_shared_spectrum *shared = NULL;
+    fkv_status status = FKV_OK;
+    int64_t slot = 0;
+    if (cache->profile->coding == FKV_CODING_FOURIER)
+        status = share_spectrum(cache, period, &shared);
     if (status != FKV_OK)
         return status;
-    struct fkv_shared_spectrum *shared = NULL;
-    if (cache->profile->coding == FKV_CODING_FOURIER) {
-        status = share_spectrum(cache, period, &shared);
-        if (status != FKV_OK)
-            return status;
-    }
-    size_t bytes = fkv_seq_base_bytes(cache->profile);
     struct fkv_seq *seq = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, bytes);
-    if (!seq) {
-        status = fkv_cache_refused(cache);
+    status = seq ? take_slot(cache, &slot) : fkv_cache_refused(cache);
+    if (status != FKV_OK) {
+        fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, seq, bytes);
         unshare_spectrum(cache, shared);
         return status;
     }
-    cache->shared_account.bytes[FKV_CLASS_TABLES] -= bytes; /* it is on the sequence's own account */
+    cache->shared_account.bytes[FKV_CLASS_TABLES] -=
+        bytes; /* it is on the sequence's own account */
     seq->account.bytes[FKV_CLASS_TABLES] = bytes;
     seq->layers = (struct fkv_layer *)(void *)(seq + 1);
     seq->shared = shared;

@@ -21,7 +21,13 @@
 
 #define FKV_PAD 64 /* bytes behind every page that kernels may read */
 
-enum fkv_class { FKV_CLASS_EXACT, FKV_CLASS_KEPT, FKV_CLASS_COEFFICIENTS, FKV_CLASS_TABLES, FKV_N_CLASS };
+enum fkv_class {
+    FKV_CLASS_EXACT,
+    FKV_CLASS_KEPT,
+    FKV_CLASS_COEFFICIENTS,
+    FKV_CLASS_TABLES,
+    FKV_N_CLASS
+};
 
 struct fkv_account {
     uint64_t bytes[FKV_N_CLASS];
@@ -35,11 +41,11 @@ struct fkv_channel_state {
 };
 
 struct fkv_segment {
-    int64_t tiles;       /* coded so far */
-    void *coefficients;  /* rows of all heads, in the coefficient type */
-    float *ones;         /* [stride] */
+    int64_t tiles;                      /* coded so far */
+    void *coefficients;                 /* rows of all heads, in the coefficient type */
+    float *ones;                        /* [stride] */
     struct fkv_channel_state *channels; /* [coded channels of the layer], in the rows' order */
-    bool restored;       /* authors' restoration: gains are frozen */
+    bool restored;                      /* authors' restoration: gains are frozen */
 };
 
 struct fkv_layer {
@@ -122,7 +128,8 @@ void fkv_seq_delete(struct fkv_cache_object *cache, struct fkv_seq *seq);
 /* NULL if the id is not living. */
 struct fkv_seq *fkv_seq_find(struct fkv_cache_object *cache, int64_t id);
 /* Tokens all layers hold; *equal tells whether they hold the same number. */
-int64_t fkv_seq_tokens(const struct fkv_cache_object *cache, const struct fkv_seq *seq, bool *equal);
+int64_t fkv_seq_tokens(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
+                       bool *equal);
 
 /* The status and message of the allocation that was refused last. */
 fkv_status fkv_cache_refused(struct fkv_cache_object *cache);
@@ -183,7 +190,8 @@ static inline int64_t fkv_tiles_per_segment(int64_t period) {
 }
 
 /* Page addressing, shared by codec and attention. */
-static inline size_t fkv_exact_offset(const struct fkv_profile_object *p, int kv_head, fkv_part part) {
+static inline size_t fkv_exact_offset(const struct fkv_profile_object *p, int kv_head,
+                                      fkv_part part) {
     return ((size_t)kv_head * 2 + (size_t)part) * (size_t)p->model.head_dim * FKV_TILE;
 }
 static inline char *fkv_element(const void *base, fkv_dtype dtype, size_t index) {

@@ -87,8 +87,8 @@ fkv_status fkv_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, i
             return fkv_cache_refused(cache);
     }
     if (slots > l->tile_slots) {
-        void **table = fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES,
-                                       (size_t)slots * sizeof *l->tiles);
+        void **table =
+            fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)slots * sizeof *l->tiles);
         if (!table)
             goto refused;
         if (l->n_tiles)
@@ -174,8 +174,8 @@ static fkv_status reserve_segments(struct fkv_cache_object *cache, struct fkv_se
     if (needed <= l->n_segments)
         return FKV_OK;
     room->segment_slots = needed;
-    room->segments = fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES,
-                                     (size_t)needed * sizeof *room->segments);
+    room->segments =
+        fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)needed * sizeof *room->segments);
     if (!room->segments)
         return fkv_cache_refused(cache);
     if (l->n_segments)
@@ -199,8 +199,8 @@ fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq
     const size_t bytes = fkv_kept_page_bytes(cache->profile, layer);
     fkv_status status = reserve_segments(cache, seq, layer, room);
     if (status == FKV_OK) {
-        room->kept = fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES,
-                                     (size_t)count * sizeof *room->kept);
+        room->kept =
+            fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)count * sizeof *room->kept);
         room->kept_count = room->kept ? count : 0;
         if (!room->kept)
             status = fkv_cache_refused(cache);

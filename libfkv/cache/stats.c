@@ -8,11 +8,11 @@ static void finish(const struct fkv_profile_object *profile, const struct fkv_ac
     stats->bytes_kept = account->bytes[FKV_CLASS_KEPT];
     stats->bytes_coefficients = account->bytes[FKV_CLASS_COEFFICIENTS];
     stats->bytes_tables = account->bytes[FKV_CLASS_TABLES];
-    stats->bytes = stats->bytes_exact + stats->bytes_kept + stats->bytes_coefficients +
-                   stats->bytes_tables;
+    stats->bytes =
+        stats->bytes_exact + stats->bytes_kept + stats->bytes_coefficients + stats->bytes_tables;
     stats->tokens_exact = stats->tokens - stats->tokens_coded;
-    stats->dense_bytes = stats->tokens * 4 * (uint64_t)m->n_kv_heads * (uint64_t)m->head_dim *
-                         (uint64_t)m->n_layers;
+    stats->dense_bytes =
+        stats->tokens * 4 * (uint64_t)m->n_kv_heads * (uint64_t)m->head_dim * (uint64_t)m->n_layers;
     stats->ratio = stats->tokens ? (double)stats->dense_bytes / (double)stats->bytes : 0.0;
 }
 
@@ -65,8 +65,8 @@ fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t token
                             (long long)period);
     }
     bool has_sink = fkv_sinks(profile) && tokens;
-    a.bytes[FKV_CLASS_EXACT] = layers * (uint64_t)(tiles - coded + has_sink) *
-                               fkv_exact_page_bytes(profile);
+    a.bytes[FKV_CLASS_EXACT] =
+        layers * (uint64_t)(tiles - coded + has_sink) * fkv_exact_page_bytes(profile);
     *tables += layers * ((uint64_t)fkv_slots_for(tiles) * sizeof(void *) +
                          (uint64_t)segments * sizeof(struct fkv_segment));
     for (int l = 0; fourier && l < profile->model.n_layers; l++) {

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "calib/calibrator.h"
 
+#include "codec/rope.h"
+
 #include "calib/channel_error.h"
 
 #include <math.h>
@@ -63,7 +65,7 @@ static fkv_status check_finite(struct fkv_ctx *ctx, const char *name, const stru
     float row[FKV_MAX_HEAD_DIM];
     for (int64_t t = 0; t < tokens; t++)
         for (int h = 0; h < heads; h++) {
-            fkv_prompt_row(ctx, view, t, h, dim, row);
+            fkv_load_head(ctx->kernels, view, t, h, dim, row);
             int bad = 0;
             for (int d = 0; d < dim; d++)
                 bad |= !isfinite(row[d]);

@@ -51,15 +51,6 @@ struct work {
 
 /* ---- series */
 
-void fkv_prompt_row(struct fkv_ctx *ctx, const struct fkv_view *view, int64_t token, int head,
-                    int dim, float *row) {
-    /* kernels may read past a row, where a caller's memory may end */
-    _Alignas(64) char copy[(FKV_MAX_HEAD_DIM + 16) * sizeof(float)];
-    const char *from = view->data + token * view->token_stride + head * view->head_stride;
-    memcpy(copy, from, (size_t)dim * fkv_dtype_size(view->dtype));
-    ctx->kernels->widen[fkv_store_of(view->dtype)](row, copy, (size_t)dim);
-}
-
 /* One block of one head in f32, [count][D]. */
 static void load_block(const struct work *w, const struct fkv_view *view, int head, int64_t first,
                        int count, bool rotate, struct scratch *s) {
@@ -67,7 +58,7 @@ static void load_block(const struct work *w, const struct fkv_view *view, int he
     int dim = model->head_dim;
     for (int t = 0; t < count; t++) {
         float *row = s->rows + t * dim;
-        fkv_prompt_row(w->prompt->ctx, view, first + t, head, dim, row);
+        fkv_load_head(w->prompt->ctx->kernels, view, first + t, head, dim, row);
         if (rotate)
             fkv_rope_apply(model, row, s->cos + t * (model->rope_dim / 2),
                            s->sin + t * (model->rope_dim / 2));

@@ -5,10 +5,6 @@
 
 #include "profile/profile.h"
 
-/* One head vector of a token as f32. */
-void fkv_prompt_row(struct fkv_ctx *ctx, const struct fkv_view *view, int64_t token, int head,
-                    int dim, float *row);
-
 struct fkv_prompt {
     struct fkv_ctx *ctx;
     const struct fkv_model *model;

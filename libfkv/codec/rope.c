@@ -2,6 +2,7 @@
 #include "codec/rope.h"
 
 #include <math.h>
+#include <string.h>
 
 /* A position of 31 bits times a frequency rounds to 2^-23 of an angle, as coarse as the f32 result.
  * fma gives the rounding exactly, and the first order of the addition theorem puts it back. */
@@ -32,4 +33,12 @@ void fkv_rope_apply(const struct fkv_model *model, float *x, const float *cos_ro
         *a = a0 * cos_row[j] - b0 * sin_row[j];
         *b = b0 * cos_row[j] + a0 * sin_row[j];
     }
+}
+
+void fkv_load_head(const struct fkv_kernels *kernels, const struct fkv_view *view, int64_t token,
+                   int head, int dim, float *x) {
+    _Alignas(64) char copy[(FKV_MAX_HEAD_DIM + 16) * sizeof(float)];
+    const char *from = view->data + token * view->token_stride + head * view->head_stride;
+    memcpy(copy, from, (size_t)dim * fkv_dtype_size(view->dtype));
+    kernels->widen[fkv_store_of(view->dtype)](x, copy, (size_t)dim);
 }

@@ -244,7 +244,8 @@ void fkv_spectrum_destroy(struct fkv_heap *heap, struct fkv_spectrum *sp) {
 }
 
 void fkv_spectrum_basis(const struct fkv_spectrum *sp, int64_t first, float *basis) {
-    float *cos_first = basis, *sin_first = basis + sp->padded; /* row 0 holds the rotation meanwhile */
+    float *cos_first = basis,
+          *sin_first = basis + sp->padded; /* row 0 holds the rotation meanwhile */
     memset(basis, 0, (size_t)sp->stride * sizeof(float));
     for (int n = 0; n < sp->bins; n++) {
         double c, s;

@@ -34,11 +34,11 @@ struct fkv_spectrum {
     float *weight; /* [stride]: w_n of the least-squares inverse; 0 at n = 0 */
     double *roots; /* e^{2 pi i k / 2T} as coarse[k >> 10] * fine[k & 1023]: pairs (re, im) */
     struct fkv_fft fft;
-    bool direct;                         /* one FFT of T / cell points instead of the chirp-z */
-    float *pre_re, *pre_im;              /* [bins]: factor of bin n before the sum */
-    float *post_re, *post_im;            /* [grid]: factor of grid point i after it (chirp only) */
-    float *kernel_re, *kernel_im;        /* [fft.n]: transformed chirp / n (chirp only) */
-    size_t bytes;                        /* of all tables together, this struct included */
+    bool direct;                  /* one FFT of T / cell points instead of the chirp-z */
+    float *pre_re, *pre_im;       /* [bins]: factor of bin n before the sum */
+    float *post_re, *post_im;     /* [grid]: factor of grid point i after it (chirp only) */
+    float *kernel_re, *kernel_im; /* [fft.n]: transformed chirp / n (chirp only) */
+    size_t bytes;                 /* of all tables together, this struct included */
 };
 
 /* Reals of a row of coefficients. */

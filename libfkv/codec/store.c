@@ -13,19 +13,10 @@ static float finite_limit(fkv_dtype dtype) {
     return dtype == FKV_DTYPE_F16 ? 65520.0f : dtype == FKV_DTYPE_BF16 ? 0x1.ffp127f : INFINITY;
 }
 
-/* A head vector of a caller's tensor as f32; callers' arrays are not padded, so through a copy. */
-static void load_head(const struct fkv_kernels *kernels, const struct fkv_view *view, int64_t token,
-                      int head, int dim, float *x) {
-    _Alignas(64) char copy[(MAX_D + 16) * sizeof(float)];
-    const char *from = view->data + token * view->token_stride + head * view->head_stride;
-    memcpy(copy, from, (size_t)dim * fkv_dtype_size(view->dtype));
-    kernels->widen[fkv_store_of(view->dtype)](x, copy, (size_t)dim);
-}
-
 static void load_rotated(const struct fkv_plan_object *plan, const struct fkv_view *k,
                          int64_t token, int head, float *x) {
     const struct fkv_model *m = &plan->cache->profile->model;
-    load_head(plan->ctx->kernels, k, token, head, m->head_dim, x);
+    fkv_load_head(plan->ctx->kernels, k, token, head, m->head_dim, x);
     fkv_rope_apply(m, x, plan->cos + token * (m->rope_dim / 2),
                    plan->sin + token * (m->rope_dim / 2));
 }
@@ -73,8 +64,9 @@ static void store_piece(void *arg, int64_t item, int thread) {
         bool good = in_range(x, D, limit);
         kernels->narrow[store](narrow, x, (size_t)D);
         for (int d = 0; d < D; d++) /* channel-major */
-            memcpy(key + ((size_t)d * FKV_TILE + (size_t)at) * size, narrow + (size_t)d * size, size);
-        load_head(kernels, job->v, token, head, D, x);
+            memcpy(key + ((size_t)d * FKV_TILE + (size_t)at) * size, narrow + (size_t)d * size,
+                   size);
+        fkv_load_head(kernels, job->v, token, head, D, x);
         good &= in_range(x, D, limit);
         kernels->narrow[store](value + (size_t)at * (size_t)D * size, x, (size_t)D);
         if (!good)
@@ -109,7 +101,7 @@ fkv_status fkv_store_report(struct fkv_plan_object *plan, const struct fkv_view 
         for (int64_t t = 0; t < plan->tokens; t++)
             for (int h = 0; h < p->model.n_kv_heads; h++) {
                 float raw[MAX_D + 16], x[MAX_D + 16];
-                load_head(plan->ctx->kernels, part ? v : k, t, h, D, raw);
+                fkv_load_head(plan->ctx->kernels, part ? v : k, t, h, D, raw);
                 memcpy(x, raw, sizeof x);
                 if (!part)
                     load_rotated(plan, k, t, h, x);

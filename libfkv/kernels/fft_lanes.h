@@ -18,7 +18,8 @@
 #define S5_2 0.587785252292473129f
 
 /* A register of floats at any address, and one of complex numbers. */
-typedef float FKV_NAME(lanes) __attribute__((vector_size(4 * FKV_FFT_WIDTH), aligned(4), may_alias));
+typedef float FKV_NAME(lanes)
+    __attribute__((vector_size(4 * FKV_FFT_WIDTH), aligned(4), may_alias));
 struct FKV_NAME(complex) {
     FKV_NAME(lanes) re, im;
 };
@@ -106,10 +107,18 @@ FKV_NAME(fft_pass_radix)(float *restrict yr, float *restrict yi, const float *re
 
 static FKV_DECL_FFT_PASS(FKV_NAME(fft_pass)) {
     switch (radix) {
-    case 2: FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 2, m, s); break;
-    case 3: FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 3, m, s); break;
-    case 4: FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 4, m, s); break;
-    default: FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 5, m, s); break;
+    case 2:
+        FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 2, m, s);
+        break;
+    case 3:
+        FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 3, m, s);
+        break;
+    case 4:
+        FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 4, m, s);
+        break;
+    default:
+        FKV_NAME(fft_pass_radix)(yr, yi, xr, xi, twiddles, 5, m, s);
+        break;
     }
 }
 

@@ -26,7 +26,7 @@
 enum fkv_store { FKV_STORE_F32, FKV_STORE_F16, FKV_STORE_BF16, FKV_N_STORE };
 
 static inline enum fkv_store fkv_store_of(fkv_dtype dtype) {
-    return dtype == FKV_DTYPE_F32 ? FKV_STORE_F32
+    return dtype == FKV_DTYPE_F32   ? FKV_STORE_F32
            : dtype == FKV_DTYPE_F16 ? FKV_STORE_F16
                                     : FKV_STORE_BF16;
 }

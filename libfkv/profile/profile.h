@@ -39,8 +39,8 @@ struct fkv_profile_object {
     int64_t coded_channels[2];     /* over all layers, K and V */
 };
 
-static inline const struct fkv_channels *
-fkv_profile_head(const struct fkv_profile_object *p, int layer, fkv_part part, int kv_head) {
+static inline const struct fkv_channels *fkv_profile_head(const struct fkv_profile_object *p,
+                                                          int layer, fkv_part part, int kv_head) {
     return &p->channels[((size_t)layer * 2 + (size_t)part) * (size_t)p->model.n_kv_heads +
                         (size_t)kv_head];
 }
@@ -78,7 +78,8 @@ fkv_status fkv_profile_from_json(struct fkv_ctx *ctx, const char *json, size_t b
 fkv_status fkv_profile_from_file(struct fkv_ctx *ctx, const char *path,
                                  struct fkv_profile_object **out);
 /* On success *text is on the heap, *bytes long without a terminating zero, allocated as *bytes + 1. */
-fkv_status fkv_profile_to_json(const struct fkv_profile_object *profile, char **text, size_t *bytes);
+fkv_status fkv_profile_to_json(const struct fkv_profile_object *profile, char **text,
+                               size_t *bytes);
 fkv_status fkv_profile_to_file(const struct fkv_profile_object *profile, const char *path);
 /* published.c */
 fkv_status fkv_profile_from_published(struct fkv_ctx *ctx, struct fkv_model *model,

@@ -107,9 +107,10 @@ static FKV_DECL_INTERPOLATE(FKV_NAME(interpolate)) {
 
 /* The eight taps of a token lie in the lanes of one 256-bit vector; even and odd tokens of a cell have a
  * sum each, so that the chain of dependent additions is half as long. */
-static inline __attribute__((always_inline)) void
-spread_block(float *grid, ptrdiff_t grid_stride, const float *p, ptrdiff_t p_stride,
-             const struct fkv_taps *taps, int tokens, const int rows) {
+static inline __attribute__((always_inline)) void spread_block(float *grid, ptrdiff_t grid_stride,
+                                                               const float *p, ptrdiff_t p_stride,
+                                                               const struct fkv_taps *taps,
+                                                               int tokens, const int rows) {
     const int cell = taps->cell;
     for (int first = 0; first < tokens; first += cell, grid++) {
         int end = first + cell < tokens ? first + cell : tokens, t = first;
@@ -150,7 +151,8 @@ static FKV_DECL_SPREAD(FKV_NAME(spread)) {
         spread_block(grid, grid_stride, p, p_stride, taps, tokens, 1);
 }
 
-#define SLOTS(name) {FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16)}
+#define SLOTS(name)                                                                                \
+    { FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16) }
 
 void FKV_NAME(fkv_kernels_init)(struct fkv_kernels *k) {
     *k = (struct fkv_kernels){

@@ -14,8 +14,8 @@ NAME(scores_block)(float *s, ptrdiff_t s_stride, const float *q, ptrdiff_t q_str
                    const ELEMENT *k, int dims, int add, const int rows) {
     for (int part = 0; part < 64; part += 4 * VL) {
         vf sum[MAX_ROWS][4];
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < 4; v++) sum[r][v] = v_zero();
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 4; v++) sum[r][v] =
+            v_zero();
         for (int d = 0; d < dims; d++) {
             vf key[4];
             UNROLL for (int v = 0; v < 4; v++) key[v] = LOAD(k + d * 64 + part + v * VL);
@@ -24,11 +24,10 @@ NAME(scores_block)(float *s, ptrdiff_t s_stride, const float *q, ptrdiff_t q_str
                 UNROLL for (int v = 0; v < 4; v++) sum[r][v] = v_fma(x, key[v], sum[r][v]);
             }
         }
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < 4; v++) {
-                float *to = s + r * s_stride + part + v * VL;
-                v_store(to, add ? v_add(v_load(to), sum[r][v]) : sum[r][v]);
-            }
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 4; v++) {
+            float *to = s + r * s_stride + part + v * VL;
+            v_store(to, add ? v_add(v_load(to), sum[r][v]) : sum[r][v]);
+        }
     }
 }
 
@@ -51,8 +50,8 @@ NAME(weigh_block)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stri
                   const ELEMENT *v, ptrdiff_t v_stride, int tokens, int keep, const int rows,
                   const int cols) {
     vf sum[4][4];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < cols; c++) sum[r][c] = v_load(o + r * o_stride + c * VL);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < cols; c++) sum[r][c] =
+        v_load(o + r * o_stride + c * VL);
     for (int t = 0; t < tokens; t++) {
         vf value[4];
         UNROLL for (int c = 0; c < cols; c++) value[c] = LOAD(v + t * v_stride + c * VL);
@@ -61,20 +60,18 @@ NAME(weigh_block)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stri
             UNROLL for (int c = 0; c < cols; c++) sum[r][c] = v_fma(x, value[c], sum[r][c]);
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < cols; c++) {
-            float *to = o + r * o_stride + c * VL;
-            if (c == cols - 1 && keep < VL)
-                v_store_first(to, sum[r][c], keep);
-            else
-                v_store(to, sum[r][c]);
-        }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < cols; c++) {
+        float *to = o + r * o_stride + c * VL;
+        if (c == cols - 1 && keep < VL)
+            v_store_first(to, sum[r][c], keep);
+        else
+            v_store(to, sum[r][c]);
+    }
 }
 
 static inline __attribute__((always_inline)) void
-NAME(weigh_cols)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride,
-                 const ELEMENT *v, ptrdiff_t v_stride, int tokens, int keep, int rows,
-                 const int cols) {
+NAME(weigh_cols)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride, const ELEMENT *v,
+                 ptrdiff_t v_stride, int tokens, int keep, int rows, const int cols) {
     for (; rows >= WEIGH_ROWS; rows -= WEIGH_ROWS) {
         NAME(weigh_block)(o, o_stride, p, p_stride, v, v_stride, tokens, keep, WEIGH_ROWS, cols);
         o += WEIGH_ROWS * o_stride;
@@ -140,11 +137,13 @@ static FKV_DECL_EXPAND(NAME(expand)) {
     for (int c = 0; c < channels; c++) {
         int r = 0;
         for (; r + 4 <= rows; r += 4)
-            NAME(expand_block)(o + r * o_stride + c, o_stride, p + r * p_stride, p_stride,
-                               coefficient + c * coef_stride, count, 4);
+            NAME(expand_block)
+            (o + r * o_stride + c, o_stride, p + r * p_stride, p_stride,
+             coefficient + c * coef_stride, count, 4);
         for (; r < rows; r++)
-            NAME(expand_block)(o + r * o_stride + c, o_stride, p + r * p_stride, p_stride,
-                               coefficient + c * coef_stride, count, 1);
+            NAME(expand_block)
+            (o + r * o_stride + c, o_stride, p + r * p_stride, p_stride,
+             coefficient + c * coef_stride, count, 1);
     }
 }
 

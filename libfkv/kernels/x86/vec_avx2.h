@@ -74,9 +74,8 @@ static inline void v_save_bf16(uint16_t *p, vf x) {
     __m256i r = _mm256_castps_si256(
         _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), nan));
     r = _mm256_srli_epi32(r, 16);
-    _mm_storeu_si128(
-        (__m128i *)(void *)p,
-        _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+    _mm_storeu_si128((__m128i *)(void *)p,
+                     _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
 }
 /* lane i of the result is p[i / repeat]; repeat is a power of two up to VL */
 static inline vf v_load_repeat(const float *p, int repeat) {
