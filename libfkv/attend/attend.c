@@ -313,6 +313,23 @@ static const char *chunk_page(const struct chunk_job *c, int tile) {
     return c->chunk.kind == FKV_CHUNK_SINK ? l->sink : l->tiles[c->chunk.tile + tile];
 }
 
+/* What the next tile will be read for comes from another page, where hardware prefetching does not follow. */
+static void prefetch(const struct chunk_job *c, int tile, fkv_part part) {
+    const struct fkv_profile_object *p = c->job->profile;
+    const int head = c->u->head + c->h;
+    size_t at = fkv_exact_offset(p, head, part), dims = (size_t)p->model.head_dim;
+    if (tile >= c->chunk.tiles)
+        return;
+    if (c->chunk.kind == FKV_CHUNK_CODED) {
+        at = c->job->plan->cache->layouts[c->job->layer].heads[head].kept[part];
+        dims = (size_t)fkv_profile_head(p, c->job->layer, part, head)->kept;
+    }
+    const char *page = chunk_page(c, tile), *from = fkv_element(page, p->storage_dtype, at);
+    const char *end = fkv_element(page, p->storage_dtype, at + dims * FKV_TILE);
+    for (; from < end; from += 64)
+        __builtin_prefetch(from, 0, 2);
+}
+
 /* Tile i of a coded chunk: its first grid point within the segment. */
 static int64_t grid_of_tile(const struct chunk_job *c, int tile) {
     const struct fkv_spectrum *sp = c->u->row->seq->shared->spectrum;
@@ -328,6 +345,8 @@ static void score_tile(const struct chunk_job *c, int tile) {
     const ptrdiff_t first = (ptrdiff_t)c->h * u->rows;
     const char *page = chunk_page(c, tile);
     float *s = c->scores + tile * FKV_TILE;
+    prefetch(c, tile + 1, FKV_PART_K);
+    prefetch(c, tile, FKV_PART_V);
     if (c->chunk.kind != FKV_CHUNK_CODED) {
         size_t at = fkv_exact_offset(p, u->head + c->h, FKV_PART_K);
         scores(s, FKV_CHUNK_TOKENS, u->q + first * u->dim_stride, u->dim_stride,

@@ -9,6 +9,8 @@
 #include <string.h>
 
 #define FKV_FFT_WIDTH VL
+/* Bytes that loads of pages are prefetched ahead: hardware prefetching stops at every 4 KiB. */
+#define AHEAD 4096
 #define UNROLL _Pragma("GCC unroll 8")
 #include "kernels/fft_lanes.h"
 

@@ -18,6 +18,9 @@ NAME(scores_block)(float *s, ptrdiff_t s_stride, const float *q, ptrdiff_t q_str
             v_zero();
         for (int d = 0; d < dims; d++) {
             vf key[4];
+            _mm_prefetch((const char *)(k + d * 64) + AHEAD, _MM_HINT_T0);
+            if (sizeof *k * 64 > 64)
+                _mm_prefetch((const char *)(k + d * 64) + AHEAD + 64, _MM_HINT_T0);
             UNROLL for (int v = 0; v < 4; v++) key[v] = LOAD(k + d * 64 + part + v * VL);
             UNROLL for (int r = 0; r < rows; r++) {
                 vf x = v_set1(q[r * q_stride + d]);
@@ -54,6 +57,9 @@ NAME(weigh_block)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stri
         v_load(o + r * o_stride + c * VL);
     for (int t = 0; t < tokens; t++) {
         vf value[4];
+        _mm_prefetch((const char *)(v + t * v_stride) + AHEAD, _MM_HINT_T0);
+        if (cols * VL * sizeof *v > 64)
+            _mm_prefetch((const char *)(v + t * v_stride) + AHEAD + 64, _MM_HINT_T0);
         UNROLL for (int c = 0; c < cols; c++) value[c] = LOAD(v + t * v_stride + c * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf x = v_set1(p[r * p_stride + t]);
@@ -138,12 +144,12 @@ static FKV_DECL_EXPAND(NAME(expand)) {
         int r = 0;
         for (; r + 4 <= rows; r += 4)
             NAME(expand_block)
-            (o + r * o_stride + c, o_stride, p + r * p_stride, p_stride,
-             coefficient + c * coef_stride, count, 4);
+        (o + r * o_stride + c, o_stride, p + r * p_stride, p_stride, coefficient + c * coef_stride,
+         count, 4);
         for (; r < rows; r++)
             NAME(expand_block)
-            (o + r * o_stride + c, o_stride, p + r * p_stride, p_stride,
-             coefficient + c * coef_stride, count, 1);
+        (o + r * o_stride + c, o_stride, p + r * p_stride, p_stride, coefficient + c * coef_stride,
+         count, 1);
     }
 }
 
