@@ -1,0 +1,97 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Builds and runs all tests, then those of the library again under sanitizers. The last line is
+# "N passed, N failed". Works in build/ and build-asan/, which it makes anew; installs missing Debian
+# packages if it may.
+set -eu
+cd "$(dirname "$0")/.."
+. tests/install-deps.sh
+
+failed=0
+logs=
+
+section() {
+    printf '\n== %s\n' "$1"
+}
+
+# build_and_test DIR "SETUP OPTIONS" "TEST OPTIONS"
+build_and_test() {
+    rm -rf "$1"
+    # shellcheck disable=SC2086
+    if ! meson setup "$1" $2 || ! meson compile -C "$1"; then
+        echo "$1: the build failed"
+        failed=$((failed + 1))
+        return
+    fi
+    # Old sanitizers do not find their way in some kernels' randomised address spaces.
+    fixed=
+    if [ "$1" = build-asan ] && setarch "$(uname -m)" -R true 2>/dev/null; then
+        fixed="setarch $(uname -m) -R"
+    fi
+    status=0
+    # shellcheck disable=SC2086
+    $fixed meson test -C "$1" --no-rebuild --print-errorlogs $3 || status=$?
+    if [ -s "$1/meson-logs/testlog.json" ]; then
+        logs="$logs $1/meson-logs/testlog.json"
+    elif [ "$status" -ne 0 ]; then
+        failed=$((failed + 1))
+    fi
+}
+
+# Where processes may not look into one another, leaks cannot be found; all else still can.
+check_leak_detection() {
+    probe=$(mktemp -d)
+    echo 'int main(void) { return 0; }' >"$probe/probe.c"
+    if gcc -fsanitize=address -o "$probe/probe" "$probe/probe.c" &&
+        ! "$probe/probe" >/dev/null 2>&1; then
+        echo "leaks cannot be detected here"
+        ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0
+    fi
+    rm -rf "$probe"
+}
+
+check_format() {
+    if ! command -v clang-format-14 >/dev/null 2>&1; then
+        echo "skipped: there is no clang-format-14, and other versions format otherwise"
+        return
+    fi
+    unformatted=$(find include libfkv tests examples -name '*.[ch]' | while read -r file; do
+        clang-format-14 --style=file "$file" | cmp -s - "$file" || echo "$file"
+    done)
+    if [ -z "$unformatted" ]; then
+        echo "ok"
+    else
+        echo "not as clang-format-14 would have it:"
+        echo "$unformatted"
+        failed=$((failed + 1))
+    fi
+}
+
+section "what is needed"
+if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas; then
+    echo "0 passed, 1 failed"
+    exit 1
+fi
+echo "ok"
+
+section "release build"
+build_and_test build "" ""
+
+section "address and undefined-behaviour sanitizers"
+# Instrumented code is 10 to 30 times slower, so the tests take smaller shapes. It also makes the
+# compiler warn of what cannot happen; the release build is the judge of warnings.
+FKV_QUICK=1
+UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+ASAN_OPTIONS=halt_on_error=1
+export FKV_QUICK UBSAN_OPTIONS ASAN_OPTIONS
+check_leak_detection
+build_and_test build-asan \
+    "-Db_sanitize=address,undefined -Doptimization=1 -Dwerror=false -Dexamples=false" \
+    "--timeout-multiplier 3 --suite api --suite kern --suite property"
+
+section "format"
+check_format
+
+section "summary"
+# shellcheck disable=SC2086
+python3 tests/summary.py --failed "$failed" $logs

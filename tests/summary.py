@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Counts the single tests behind the test programs of meson's logs.
+
+Usage: summary.py [--failed N] TESTLOG.JSON ...
+Prints "N skipped" and, last, "N passed, N failed"; exits with 1 if anything failed. --failed adds
+failures that meson does not know of.
+"""
+import argparse
+import json
+import re
+import sys
+
+
+def total(pattern, text):
+    return sum(int(number) for number in re.findall(pattern, text, re.M))
+
+
+def count(test):
+    """(passed, failed, skipped) of one program: cmocka's groups, lines of ok / not ok, or itself."""
+    text = test.get('stdout', '') + '\n' + test.get('stderr', '')
+    good = test['result'] in ('OK', 'EXPECTEDFAIL')
+    running = total(r'^\[==========\] Running (\d+) test', text)
+    lines = re.findall(r'^(ok|not ok) \d+.*?(# SKIP.*)?$', text, re.M)
+    if running:
+        passed = total(r'^\[  PASSED  \] (\d+) test', text)
+        skipped = total(r'^\[  SKIPPED \] (\d+) test', text)
+        # What a crash kept from running has not passed.
+        failed = running - passed - skipped
+    elif lines:
+        skipped = sum(1 for _, skip in lines if skip)
+        failed = sum(1 for result, _ in lines if result == 'not ok')
+        passed = len(lines) - skipped - failed
+    else:
+        skipped = int(test['result'] == 'SKIP')
+        passed = int(good)
+        failed = int(not good and not skipped)
+    if not good and not skipped and not failed:
+        failed = 1
+    return passed, failed, skipped
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--failed', type=int, default=0)
+    parser.add_argument('logs', nargs='*')
+    args = parser.parse_args()
+    passed, failed, skipped = 0, args.failed, 0
+    for log in args.logs:
+        with open(log, encoding='utf-8') as lines:
+            for line in lines:
+                counts = count(json.loads(line))
+                passed, failed, skipped = (a + b for a, b in
+                                           zip((passed, failed, skipped), counts))
+    print(f'{skipped} skipped')
+    print(f'{passed} passed, {failed} failed')
+    return failed > 0
+
+
+sys.exit(main())
