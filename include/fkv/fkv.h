@@ -306,7 +306,8 @@ FKV_API fkv_status fkv_context_query(fkv_context *ctx, fkv_context_info *info);
  * NULL) gets the bytes it takes. With several threads, the last error of any of them.
  * Errors: HANDLE, INVALID, BUFFER (cut off to `bytes`). Since 0.1.
  */
-FKV_API fkv_status fkv_context_message(fkv_context *ctx, char *buffer, size_t bytes, size_t *needed);
+FKV_API fkv_status fkv_context_message(fkv_context *ctx, char *buffer, size_t bytes,
+                                       size_t *needed);
 
 /* ------------------------------------------------------------------------------------------------ */
 /* Model and profile                                                                                */
@@ -398,7 +399,7 @@ typedef struct fkv_fourier_params {
     uint32_t struct_size;
     /** Type of exact tokens and kept channels. Default F16. */
     fkv_dtype storage_dtype;
-    /** Type of the coefficients: F16 or F32. Default F16. */
+    /** Type of the coefficients: F16 or F32. Default F16, which refuses values beyond its range. */
     fkv_dtype coefficient_dtype;
     /** Complex bins N, n = 0..N-1. 1..65536; at most T/2 + 1 are used. Default 512. */
     int32_t bins;
@@ -535,7 +536,8 @@ FKV_API fkv_status fkv_profile_load_file(fkv_context *ctx, const char *path, fkv
  * buffer may be NULL with bytes 0, to ask. Equal profiles give equal bytes.
  * Errors: HANDLE, INVALID, NOMEM, BUFFER (nothing written but *needed). Since 0.1.
  */
-FKV_API fkv_status fkv_profile_save(fkv_profile *profile, char *buffer, size_t bytes, size_t *needed);
+FKV_API fkv_status fkv_profile_save(fkv_profile *profile, char *buffer, size_t bytes,
+                                    size_t *needed);
 /** fkv_profile_save() to a file, which is replaced whole or not at all. Errors: also IO. Since 0.1. */
 FKV_API fkv_status fkv_profile_save_file(fkv_profile *profile, const char *path);
 /** Fills *info; set info->struct_size before. Errors: HANDLE, INVALID. Since 0.1. */

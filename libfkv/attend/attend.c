@@ -346,7 +346,6 @@ static void score_tile(const struct chunk_job *c, int tile) {
     const char *page = chunk_page(c, tile);
     float *s = c->scores + tile * FKV_TILE;
     prefetch(c, tile + 1, FKV_PART_K);
-    prefetch(c, tile, FKV_PART_V);
     if (c->chunk.kind != FKV_CHUNK_CODED) {
         size_t at = fkv_exact_offset(p, u->head + c->h, FKV_PART_K);
         scores(s, FKV_CHUNK_TOKENS, u->q + first * u->dim_stride, u->dim_stride,

@@ -124,6 +124,8 @@ static fkv_status set_rows(struct fkv_plan_object *plan, const fkv_batch *batch)
     if (status != FKV_OK)
         return status;
     const struct fkv_model *m = &plan->cache->profile->model;
+    /* Fill the lanes of the transforms, but rather leave lanes empty than threads. */
+    const int64_t heads_for_all = (int64_t)batch->count * m->n_kv_heads / plan->ctx->threads;
     for (int32_t i = 0; i < batch->count; i++) {
         struct fkv_row *row = &plan->rows[i];
         status = check_row(plan, batch, i, row);
@@ -134,8 +136,9 @@ static fkv_status set_rows(struct fkv_plan_object *plan, const fkv_batch *batch)
         row->blocks = fkv_ceil_div(rows_of_head, FKV_UNIT_ROWS);
         row->heads_per_unit = 1;
         if (plan->cache->profile->coding == FKV_CODING_FOURIER && rows_of_head)
-            row->heads_per_unit =
-                (int)fkv_min64(m->n_kv_heads, fkv_max64(1, FKV_FFT_LANES / rows_of_head));
+            row->heads_per_unit = (int)fkv_max64(
+                1,
+                fkv_min64(heads_for_all, fkv_min64(m->n_kv_heads, FKV_FFT_LANES / rows_of_head)));
         row->first_unit = plan->units;
         plan->units += row->blocks * fkv_ceil_div(m->n_kv_heads, row->heads_per_unit);
         plan->tokens += row->n_new;
@@ -171,7 +174,7 @@ static int64_t most_chunks(const struct fkv_profile_object *p, const struct fkv_
     return fkv_max64(open, sealed);
 }
 
-static fkv_status set_workspace(struct fkv_plan_object *plan) {
+static void size_workspace(struct fkv_plan_object *plan) {
     const struct fkv_profile_object *p = plan->cache->profile;
     struct fkv_workspace *w = &plan->work;
     const int64_t threads = plan->ctx->threads, heads = p->model.n_kv_heads;
@@ -190,15 +193,40 @@ static fkv_status set_workspace(struct fkv_plan_object *plan) {
     w->by_chunk = threads > 1 && plan->units < 4 * threads;
     w->n_states = plan->units ? (w->by_chunk ? plan->units : threads) : 0;
     w->n_partials = plan->units ? (w->by_chunk ? items : threads) : 0;
-    fkv_status status =
-        take(plan, (size_t)w->n_states, (size_t)w->state * sizeof(float), &w->states, &w->bytes[0]);
+}
+
+/* A buffer for the next step: the last step's if it serves and is not far too large. */
+static fkv_status take_work(struct fkv_plan_object *plan, const struct fkv_plan_object *last, int i,
+                            int64_t count, int64_t floats) {
+    float **to[3] = {&plan->work.states, &plan->work.partials, &plan->work.scratches};
+    float *have[3] = {last->work.states, last->work.partials, last->work.scratches};
+    size_t need = (size_t)count * (size_t)floats * sizeof(float);
+    if (need && last->work.bytes[i] >= need && last->work.bytes[i] / 4 <= need) {
+        *to[i] = have[i];
+        plan->work.bytes[i] = last->work.bytes[i];
+        return FKV_OK;
+    }
+    return take(plan, (size_t)count, (size_t)floats * sizeof(float), to[i], &plan->work.bytes[i]);
+}
+
+static fkv_status take_workspace(struct fkv_plan_object *plan, const struct fkv_plan_object *last) {
+    const struct fkv_workspace *w = &plan->work;
+    fkv_status status = take_work(plan, last, 0, w->n_states, w->state);
     if (status == FKV_OK)
-        status = take(plan, (size_t)w->n_partials, (size_t)w->partial * sizeof(float), &w->partials,
-                      &w->bytes[1]);
+        status = take_work(plan, last, 1, w->n_partials, w->partial);
     if (status == FKV_OK)
-        status = take(plan, (size_t)threads, (size_t)w->scratch * sizeof(float), &w->scratches,
-                      &w->bytes[2]);
+        status = take_work(plan, last, 2, plan->ctx->threads, w->scratch);
     return status;
+}
+
+/* Leaves to `b` what both use, before `a` is freed. */
+static void leave_shared(struct fkv_workspace *a, const struct fkv_workspace *b) {
+    if (a->states == b->states)
+        a->states = NULL;
+    if (a->partials == b->partials)
+        a->partials = NULL;
+    if (a->scratches == b->scratches)
+        a->scratches = NULL;
 }
 
 fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
@@ -206,12 +234,16 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     fkv_status status = set_rows(&next, batch);
     if (status == FKV_OK)
         status = set_rope(&next, batch);
-    if (status == FKV_OK)
-        status = set_workspace(&next);
+    if (status == FKV_OK) {
+        size_workspace(&next);
+        status = take_workspace(&next, plan);
+    }
     if (status != FKV_OK) {
+        leave_shared(&next.work, &plan->work);
         free_contents(&next);
         return status;
     }
+    leave_shared(&plan->work, &next.work);
     free_contents(plan);
     plan->rows = next.rows;
     plan->rooms = next.rooms;

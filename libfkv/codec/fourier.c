@@ -157,11 +157,11 @@ static double deviation(const struct extent *e, double mean) {
     return fmax((double)e->high - mean, mean - (double)e->low);
 }
 
-/* The published affine: gain s T / N on the coefficients of the raw series, offset mean x - s mean r. The
+/* The published affine: gain 2 s T / N on the coefficients of the raw series, offset mean x - s mean r. The
  * series must still be in exact pages, all tiles of the segment. */
 static void restore_authors(const struct head *h, struct fkv_segment *s, int64_t first_tile) {
     const struct fkv_spectrum *sp = h->spectrum;
-    const double inverse = (double)sp->period / sp->bins, L = (double)(s->tiles * FKV_TILE);
+    const double inverse = 2.0 * (double)sp->period / sp->bins, L = (double)(s->tiles * FKV_TILE);
     const fkv_dtype dtype = h->profile->fourier.coefficient_dtype;
     for (int c = 0; c < h->channels->coded; c++) {
         struct fkv_channel_state *state = &s->channels[h->row + (size_t)c];
@@ -178,7 +178,7 @@ static void restore_authors(const struct head *h, struct fkv_segment *s, int64_t
                                               sp->stride, 1, sp->stride, FKV_TILE);
             gather(h, first_tile + tile);
             for (int t = 0; t < FKV_TILE; t++) {
-                extend(&r, restored[t] * (float)(inverse * (double)sp->period), !tile && !t);
+                extend(&r, restored[t] * (float)(inverse * 2.0 * (double)sp->period), !tile && !t);
                 extend(&x, h->scratch.x[c * FKV_TILE + t], !tile && !t);
             }
         }

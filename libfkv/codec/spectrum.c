@@ -115,7 +115,7 @@ static void fill_panel(struct fkv_spectrum *sp) {
         }
     memset(sp->weight, 0, (size_t)sp->stride * sizeof(float));
     for (int n = 1; n < sp->bins; n++) {
-        float w = 2 * (int64_t)n == sp->period ? 1.0f : 2.0f;
+        float w = 2 * (int64_t)n == sp->period ? 2.0f : 4.0f;
         sp->weight[n] = sp->weight[sp->padded + n] = w;
     }
 }
@@ -246,12 +246,13 @@ void fkv_spectrum_destroy(struct fkv_heap *heap, struct fkv_spectrum *sp) {
 void fkv_spectrum_basis(const struct fkv_spectrum *sp, int64_t first, float *basis) {
     float *cos_first = basis,
           *sin_first = basis + sp->padded; /* row 0 holds the rotation meanwhile */
+    const double scale = 0.5 / (double)sp->period;
     memset(basis, 0, (size_t)sp->stride * sizeof(float));
     for (int n = 0; n < sp->bins; n++) {
         double c, s;
         fkv_spectrum_phase(sp, n, first, &c, &s);
-        cos_first[n] = (float)(c / (double)sp->period);
-        sin_first[n] = (float)(s / (double)sp->period);
+        cos_first[n] = (float)(c * scale);
+        sin_first[n] = (float)(s * scale);
     }
     for (int j = 63; j >= 1; j--) { /* row 0 is its own product: panel row 0 is cos 0, sin 0 */
         const float *c = sp->panel + j * sp->stride, *s = c + sp->padded;
@@ -267,13 +268,13 @@ void fkv_spectrum_basis(const struct fkv_spectrum *sp, int64_t first, float *bas
 void fkv_spectrum_ones(const struct fkv_spectrum *sp, int64_t length, float *row) {
     uint64_t modulus = 2 * (uint64_t)sp->period;
     memset(row, 0, (size_t)sp->stride * sizeof(float));
-    row[0] = (float)((double)length / (double)sp->period);
+    row[0] = (float)(0.5 * (double)length / (double)sp->period);
     for (int n = 1; n < sp->bins && length > 0; n++) {
         double cosine, above, below, re, im;
         root(sp, (uint64_t)n * (uint64_t)length % modulus, &cosine, &above);
         root(sp, (uint64_t)n, &cosine, &below);
         root(sp, (uint64_t)n * (uint64_t)(length - 1) % modulus, &re, &im);
-        double size = above / below / (double)sp->period;
+        double size = 0.5 * above / below / (double)sp->period;
         row[n] = (float)(size * re);
         row[sp->padded + n] = (float)(size * im);
     }
@@ -315,14 +316,14 @@ void fkv_spectrum_to_grid(const struct fkv_spectrum *sp, const struct fkv_kernel
     if (sp->direct) {
         struct fkv_lanes swapped = {z.im, z.re, z.im2, z.re2};
         fkv_fft_run(kernels, &sp->fft, &swapped);
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < sp->grid; i++)
-                grid[r * grid_stride + i] = swapped.im[i % sp->fft.n * L + r];
+        for (int64_t i = 0, at = 0; i < sp->grid; i++, at = at + 1 < sp->fft.n ? at + 1 : 0)
+            for (int r = 0; r < rows; r++)
+                grid[r * grid_stride + i] = swapped.im[at * L + r];
         return;
     }
     convolve(sp, kernels, &z, false);
-    for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < sp->grid; i++)
+    for (int64_t i = 0; i < sp->grid; i++)
+        for (int r = 0; r < rows; r++)
             grid[r * grid_stride + i] =
                 sp->post_re[i] * z.re[i * L + r] - sp->post_im[i] * z.im[i * L + r];
 }
@@ -331,11 +332,11 @@ void fkv_spectrum_from_grid(const struct fkv_spectrum *sp, const struct fkv_kern
                             const float *grid, ptrdiff_t grid_stride, float *row,
                             ptrdiff_t row_stride, int rows, void *scratch) {
     struct fkv_lanes z = zeroed_lanes(sp, scratch);
-    for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < sp->grid; i++) {
+    for (int64_t i = 0, at = 0; i < sp->grid; i++, at = at + 1 < sp->fft.n ? at + 1 : 0)
+        for (int r = 0; r < rows; r++) {
             float g = grid[r * grid_stride + i];
             if (sp->direct) {
-                z.re[i % sp->fft.n * L + r] += g;
+                z.re[at * L + r] += g;
             } else {
                 z.re[i * L + r] = g * sp->post_re[i];
                 z.im[i * L + r] = -g * sp->post_im[i];

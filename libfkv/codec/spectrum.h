@@ -5,8 +5,8 @@
  * cache with that period, layers and heads.
  *
  * A row of coefficients has `stride` = 2 * padded reals: cosines at [0, N), sines at [padded, padded + N),
- * zeros between. Stored rows are C[n] / T and S[n] / T of the sums in fkv.h: no greater than the largest
- * sample, so that f16 cannot overflow.
+ * zeros between. Stored rows are C[n] / 2T and S[n] / 2T of the sums in fkv.h: no greater than the largest
+ * sample even after a reference is subtracted from it, so that f16 cannot overflow.
  *
  * A function f(t) = sum_n A_n cos(2 pi n t/T) + B_n sin(2 pi n t/T) is evaluated at all tokens of a segment
  * through a grid with a point every `cell` tokens: f(t) = sum_k tap[k][t % cell] g[t / cell + k], where
@@ -31,7 +31,7 @@ struct fkv_spectrum {
     struct fkv_taps taps;
     float *panel;  /* [64][stride]: cos and sin of 2 pi n j / T for the tokens j of a first tile */
     float *window; /* [bins] */
-    float *weight; /* [stride]: w_n of the least-squares inverse; 0 at n = 0 */
+    float *weight; /* [stride]: 2 w_n of the least-squares inverse; 0 at n = 0 */
     double *roots; /* e^{2 pi i k / 2T} as coarse[k >> 10] * fine[k & 1023]: pairs (re, im) */
     struct fkv_fft fft;
     bool direct;                  /* one FFT of T / cell points instead of the chirp-z */
@@ -50,9 +50,9 @@ void fkv_spectrum_destroy(struct fkv_heap *heap, struct fkv_spectrum *spectrum);
 /* What fkv_spectrum_create() would allocate; 0 if it would refuse. */
 size_t fkv_spectrum_bytes(int64_t period, int bins);
 
-/* basis[64][stride] := cos and sin of 2 pi n (first + j) / T, divided by T */
+/* basis[64][stride] := cos and sin of 2 pi n (first + j) / T, divided by 2T */
 void fkv_spectrum_basis(const struct fkv_spectrum *spectrum, int64_t first, float *basis);
-/* row[stride] := the coefficients, over T, of a series that is 1 for l < length and 0 behind */
+/* row[stride] := the coefficients, over 2T, of a series that is 1 for l < length and 0 behind */
 void fkv_spectrum_ones(const struct fkv_spectrum *spectrum, int64_t length, float *row);
 /* *c = cos, *s = sin of 2 pi n t / T, from the integer n t mod T */
 void fkv_spectrum_phase(const struct fkv_spectrum *spectrum, int64_t n, int64_t t, double *c,

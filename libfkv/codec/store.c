@@ -8,9 +8,15 @@
 
 #define MAX_D FKV_MAX_HEAD_DIM
 
-/* Below this, a value rounds to a finite one of the type. */
-static float finite_limit(fkv_dtype dtype) {
-    return dtype == FKV_DTYPE_F16 ? 65520.0f : dtype == FKV_DTYPE_BF16 ? 0x1.ffp127f : INFINITY;
+/* Below this, a value rounds to a finite one of the storage type, and, less a reference, of the
+ * coefficients' type. */
+static float finite_limit(const struct fkv_profile_object *p) {
+    const fkv_dtype dtype = p->storage_dtype;
+    if (dtype == FKV_DTYPE_F16)
+        return 65520.0f;
+    if (p->coding == FKV_CODING_FOURIER)
+        return p->fourier.coefficient_dtype == FKV_DTYPE_F16 ? 65520.0f : 0x1p126f;
+    return dtype == FKV_DTYPE_BF16 ? 0x1.ffp127f : INFINITY;
 }
 
 static void load_rotated(const struct fkv_plan_object *plan, const struct fkv_view *k,
@@ -54,7 +60,7 @@ static void store_piece(void *arg, int64_t item, int thread) {
     char *value = fkv_element(page, p->storage_dtype, fkv_exact_offset(p, head, FKV_PART_V));
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
     const size_t size = fkv_dtype_size(p->storage_dtype);
-    const float limit = finite_limit(p->storage_dtype);
+    const float limit = finite_limit(p);
     (void)thread;
     for (int64_t t = first; t < end; t++) {
         const int64_t token = job->row->offset + t - job->row->base, at = t - page_first;
@@ -95,7 +101,7 @@ bool fkv_store(struct fkv_plan_object *plan, int layer, const struct fkv_view *k
 fkv_status fkv_store_report(struct fkv_plan_object *plan, const struct fkv_view *k,
                             const struct fkv_view *v) {
     const struct fkv_profile_object *p = plan->cache->profile;
-    const float limit = finite_limit(p->storage_dtype);
+    const float limit = finite_limit(p);
     const int D = p->model.head_dim;
     for (int part = 0; part < 2; part++)
         for (int64_t t = 0; t < plan->tokens; t++)
