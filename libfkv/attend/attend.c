@@ -313,21 +313,21 @@ static const char *chunk_page(const struct chunk_job *c, int tile) {
     return c->chunk.kind == FKV_CHUNK_SINK ? l->sink : l->tiles[c->chunk.tile + tile];
 }
 
-/* What the next tile will be read for comes from another page, where hardware prefetching does not follow. */
-static void prefetch(const struct chunk_job *c, int tile, fkv_part part) {
+/* K or V of one tile for the chunk's head: all channels, or the kept ones. */
+static const void *panel(const struct chunk_job *c, int tile, fkv_part part) {
     const struct fkv_profile_object *p = c->job->profile;
     const int head = c->u->head + c->h;
-    size_t at = fkv_exact_offset(p, head, part), dims = (size_t)p->model.head_dim;
-    if (tile >= c->chunk.tiles)
-        return;
-    if (c->chunk.kind == FKV_CHUNK_CODED) {
+    size_t at = fkv_exact_offset(p, head, part);
+    if (c->chunk.kind == FKV_CHUNK_CODED)
         at = c->job->plan->cache->layouts[c->job->layer].heads[head].kept[part];
-        dims = (size_t)fkv_profile_head(p, c->job->layer, part, head)->kept;
-    }
-    const char *page = chunk_page(c, tile), *from = fkv_element(page, p->storage_dtype, at);
-    const char *end = fkv_element(page, p->storage_dtype, at + dims * FKV_TILE);
-    for (; from < end; from += 64)
-        __builtin_prefetch(from, 0, 2);
+    return fkv_element(chunk_page(c, tile), p->storage_dtype, at);
+}
+
+/* The panel that will be read after this one: keys of all tiles, then values of all tiles. */
+static const void *next_panel(const struct chunk_job *c, int tile, fkv_part part) {
+    if (tile + 1 < c->chunk.tiles)
+        return panel(c, tile + 1, part);
+    return part == FKV_PART_K ? panel(c, 0, FKV_PART_V) : NULL;
 }
 
 /* Tile i of a coded chunk: its first grid point within the segment. */
@@ -343,28 +343,23 @@ static void score_tile(const struct chunk_job *c, int tile) {
     const struct fkv_profile_object *p = job->profile;
     const fkv_scores_fn scores = job->kernels->scores[fkv_store_of(p->storage_dtype)];
     const ptrdiff_t first = (ptrdiff_t)c->h * u->rows;
-    const char *page = chunk_page(c, tile);
+    const void *keys = panel(c, tile, FKV_PART_K), *next = next_panel(c, tile, FKV_PART_K);
     float *s = c->scores + tile * FKV_TILE;
-    prefetch(c, tile + 1, FKV_PART_K);
     if (c->chunk.kind != FKV_CHUNK_CODED) {
-        size_t at = fkv_exact_offset(p, u->head + c->h, FKV_PART_K);
-        scores(s, FKV_CHUNK_TOKENS, u->q + first * u->dim_stride, u->dim_stride,
-               fkv_element(page, p->storage_dtype, at), p->model.head_dim, u->rows, 0);
+        scores(s, FKV_CHUNK_TOKENS, u->q + first * u->dim_stride, u->dim_stride, keys,
+               p->model.head_dim, u->rows, 0, next);
         return;
     }
     const struct fkv_channels *channels =
         fkv_profile_head(p, job->layer, FKV_PART_K, u->head + c->h);
-    const struct fkv_head_layout *layout =
-        &job->plan->cache->layouts[job->layer].heads[u->head + c->h];
     if (channels->coded)
         job->kernels->interpolate(s, FKV_CHUNK_TOKENS,
                                   u->grid + segment_grid(u, c->chunk.segment) +
                                       first * u->grid_stride + grid_of_tile(c, tile),
                                   u->grid_stride, &u->row->seq->shared->spectrum->taps, u->rows);
     if (channels->kept)
-        scores(s, FKV_CHUNK_TOKENS, u->permuted + first * u->dim_stride, u->dim_stride,
-               fkv_element(page, p->storage_dtype, layout->kept[FKV_PART_K]), channels->kept,
-               u->rows, channels->coded > 0);
+        scores(s, FKV_CHUNK_TOKENS, u->permuted + first * u->dim_stride, u->dim_stride, keys,
+               channels->kept, u->rows, channels->coded > 0, next);
 }
 
 /* V of one tile for rows [first, first + rows) that see the same `tokens` of it. */
@@ -375,21 +370,17 @@ static void weigh_tile(const struct chunk_job *c, int tile, int first, int rows,
     const struct fkv_profile_object *p = job->profile;
     const fkv_weigh_fn weigh = job->kernels->weigh[fkv_store_of(p->storage_dtype)];
     const float *weights = c->scores + (ptrdiff_t)first * FKV_CHUNK_TOKENS + tile * FKV_TILE;
-    const char *page = chunk_page(c, tile);
+    const void *values = panel(c, tile, FKV_PART_V), *next = next_panel(c, tile, FKV_PART_V);
     if (c->chunk.kind != FKV_CHUNK_CODED) {
-        size_t at = fkv_exact_offset(p, u->head + c->h, FKV_PART_V);
         weigh(to->o + (ptrdiff_t)first * u->dim_stride, u->dim_stride, weights, FKV_CHUNK_TOKENS,
-              fkv_element(page, p->storage_dtype, at), p->model.head_dim, tokens, rows);
+              values, p->model.head_dim, tokens, rows, next);
         return;
     }
     const struct fkv_channels *channels =
         fkv_profile_head(p, job->layer, FKV_PART_V, u->head + c->h);
-    const struct fkv_head_layout *layout =
-        &job->plan->cache->layouts[job->layer].heads[u->head + c->h];
     if (channels->kept)
         weigh(c->kept + (ptrdiff_t)first * u->dim_stride, u->dim_stride, weights, FKV_CHUNK_TOKENS,
-              fkv_element(page, p->storage_dtype, layout->kept[FKV_PART_V]), channels->kept, tokens,
-              rows);
+              values, channels->kept, tokens, rows, next);
     if (channels->coded)
         job->kernels->spread(to->mass + first * to->mass_stride + grid_of_tile(c, tile) -
                                  grid_of_tile(c, 0),

@@ -193,7 +193,7 @@ static void transform(void *arg, int64_t item, int thread) {
         fill_tile(w, band, b, false, s->tile);
         w->kernels->weigh[FKV_STORE_F32](s->product, BLOCK,
                                          w->series + (b * w->rows + first) * BLOCK, BLOCK, s->tile,
-                                         BLOCK, count, rows);
+                                         BLOCK, count, rows, NULL);
         if ((b + 1) % FLUSH && b + 1 < w->blocks)
             continue;
         for (size_t i = 0; i < values; i++) {
@@ -217,7 +217,7 @@ static void restore(void *arg, int64_t item, int thread) {
         fill_tile(w, band, block, true, s->tile);
         w->kernels->weigh[FKV_STORE_F32](s->product, BLOCK,
                                          w->coefs + (band * w->rows + first) * BLOCK, BLOCK,
-                                         s->tile, BLOCK, BLOCK, rows);
+                                         s->tile, BLOCK, BLOCK, rows, NULL);
     }
     for (int r = 0; r < rows; r++) {
         const float *x = w->series + (block * w->rows + first + r) * BLOCK;

@@ -102,7 +102,7 @@ static void fold(const struct head *h, char *rows) {
         memset(h->scratch.partial, 0, (size_t)n * (size_t)stride * sizeof(float));
         h->kernels->weigh[FKV_STORE_F32](h->scratch.partial, stride,
                                          h->scratch.x + (ptrdiff_t)c * FKV_TILE, FKV_TILE,
-                                         h->scratch.basis, stride, FKV_TILE, n);
+                                         h->scratch.basis, stride, FKV_TILE, n, NULL);
         h->kernels->accumulate[fkv_store_of(dtype)](
             fkv_element(rows, dtype, (size_t)c * (size_t)stride), stride, h->scratch.partial,
             stride, n, stride);

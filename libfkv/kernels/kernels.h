@@ -40,15 +40,17 @@ struct fkv_taps {
     float by_token[64][FKV_TAPS]; /* the same, transposed */
 };
 
-/* s[r][t] = (add ? s[r][t] : 0) + sum_d q[r][d] * k[d][t], t = 0..63 */
+/* s[r][t] = (add ? s[r][t] : 0) + sum_d q[r][d] * k[d][t], t = 0..63. `next` is the panel of the same shape
+ * that will be read after this one, or NULL: it is prefetched on the way, since it lies in another page,
+ * where hardware prefetching does not follow. */
 #define FKV_DECL_SCORES(name)                                                                      \
     void name(float *s, ptrdiff_t s_stride, const float *q, ptrdiff_t q_stride, const void *k,     \
-              int dims, int rows, int add)
+              int dims, int rows, int add, const void *next)
 /* o[r][c] += sum_{t < tokens} p[r][t] * v[t][c], t ascending; tokens 0..64; tokens beyond have no
- * influence */
+ * influence. next as above. */
 #define FKV_DECL_WEIGH(name)                                                                       \
     void name(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride, const void *v,     \
-              int dims, int tokens, int rows)
+              int dims, int tokens, int rows, const void *next)
 /* In place: m = max s, s = exp(s - m), *sum = sum of s. n >= 1; s[n..] is left alone. An all -inf row
  * gives zeros and sum 0. */
 #define FKV_DECL_SOFTMAX(name) void name(float *s, int n, float *max, float *sum)

@@ -245,10 +245,10 @@ static void test_damaged_text(void **state) {
 /* ---- the real files, where they are at hand */
 
 static char *read_real(const char *name, size_t *bytes) {
-    const char *shared = getenv("FKV_SHARED_DIR");
+    const char *folder = getenv("FKV_PUBLISHED_DIR");
     char path[1024];
-    snprintf(path, sizeof path, "%s/data/compressed_dims/%s",
-             shared ? shared : FKV_SOURCE_ROOT "/../shared", name);
+    snprintf(path, sizeof path, "%s/%s",
+             folder ? folder : FKV_SOURCE_ROOT "/../shared/data/compressed_dims", name);
     FILE *file = fopen(path, "rb");
     if (!file) {
         print_message("not found: %s\n", path);
@@ -290,6 +290,31 @@ static void check_real(const char *stem, int layers, int64_t k_channels, int64_t
     assert_int_equal(fkv_profile_destroy(p[1]), FKV_OK);
 }
 
+/* What the lists save at the published setting: 4 sinks, 1024 local tokens, 512 bins in f16. */
+static void test_real_ratio(void **state) {
+    static const struct {
+        int64_t tokens;
+        double ratio;
+    } published[] = {{32768, 3.5}, {131072, 4.0}};
+    const fkv_model_params m = model_of(32, 8, 128);
+    fkv_profile *p;
+    size_t n;
+    (void)state;
+    char *text = read_real("llama3.1-8b_compressed_dims_32k_1024states.json", &n);
+    assert_int_equal(import_text(&m, text, n, 1.0, &p), FKV_OK);
+    free(text);
+    for (int i = 0; i < 2; i++) {
+        fkv_stats stats = {.struct_size = sizeof stats};
+        int64_t period = published[i].tokens - 4 - 1024;
+        assert_int_equal(fkv_profile_estimate(p, published[i].tokens, period, &stats), FKV_OK);
+        print_message("%lld tokens: %.3f times smaller\n", (long long)published[i].tokens,
+                      stats.ratio);
+        assert_true(stats.ratio > 0.98 * published[i].ratio);
+        assert_true(stats.ratio < 1.02 * published[i].ratio);
+    }
+    assert_int_equal(fkv_profile_destroy(p), FKV_OK);
+}
+
 static void test_real_8b(void **state) {
     (void)state;
     check_real("llama3.1-8b_compressed_dims_32k_1024states", 32, 24160, 25996);
@@ -315,7 +340,8 @@ int main(void) {
         cmocka_unit_test(test_layouts),        cmocka_unit_test(test_fraction),
         cmocka_unit_test(test_arguments),      cmocka_unit_test(test_bad_lists),
         cmocka_unit_test(test_other_geometry), cmocka_unit_test(test_damaged_text),
-        cmocka_unit_test(test_real_8b),        cmocka_unit_test(test_real_3b),
+        cmocka_unit_test(test_real_8b),        cmocka_unit_test(test_real_ratio),
+        cmocka_unit_test(test_real_3b),
     };
     return cmocka_run_group_tests_name("published", tests, open_context, close_context);
 }

@@ -43,10 +43,12 @@ static void product_call(const struct product_case *c, float *out, ptrdiff_t out
 
     switch (c->op) {
     case SCORES:
-        kernels.scores[type](out, out_stride, a, a_stride, b->data, c->inner, rows, c->add);
+        kernels.scores[type](out, out_stride, a, a_stride, b->data, c->inner, rows, c->add,
+                             rows % 2 ? b->data : NULL);
         break;
     case WEIGH:
-        kernels.weigh[type](out, out_stride, a, a_stride, b->data, c->columns, c->inner, rows);
+        kernels.weigh[type](out, out_stride, a, a_stride, b->data, c->columns, c->inner, rows,
+                            rows % 2 ? b->data : NULL);
         break;
     case CONTRACT:
         kernels.contract[type](out, out_stride, a, a_stride, b->data, b->stride, c->inner,

@@ -108,7 +108,7 @@ static void check_sizes(const struct fixture *f, int64_t period, int bins) {
 static void check_basis(const struct fixture *f, int64_t first) {
     const struct fkv_spectrum *sp = f->sp;
     float *basis = malloc(64 * (size_t)sp->stride * sizeof *basis);
-    double period = (double)sp->period;
+    double period = 2.0 * (double)sp->period;
 
     fkv_spectrum_basis(sp, first, basis);
     for (int j = 0; j < 64; j++) {
@@ -138,8 +138,8 @@ static void check_ones(const struct fixture *f, int64_t length) {
             at += n;
             at -= at >= sp->period ? sp->period : 0;
         }
-        double dc = (double)row[n] * (double)sp->period - c;
-        double ds = (double)row[sp->padded + n] * (double)sp->period - s;
+        double dc = (double)row[n] * 2.0 * (double)sp->period - c;
+        double ds = (double)row[sp->padded + n] * 2.0 * (double)sp->period - s;
         error = fmax(error, dc * dc + ds * ds);
     }
     compare("ones", error, size, 1e-7);
@@ -150,7 +150,7 @@ static void check_weights(const struct fixture *f) {
     const struct fkv_spectrum *sp = f->sp;
 
     for (int n = 0; n < sp->padded; n++) {
-        float want = n == 0 || n >= sp->bins ? 0 : 2 * (int64_t)n == sp->period ? 1 : 2;
+        float want = n == 0 || n >= sp->bins ? 0 : 2 * (int64_t)n == sp->period ? 2 : 4;
         assert_true(sp->weight[n] == want && sp->weight[sp->padded + n] == want);
     }
 }

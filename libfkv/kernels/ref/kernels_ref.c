@@ -22,6 +22,7 @@ static float to_f32(float x) {
 #define DEFINE_STORE_KERNELS(store, element, from, to)                                             \
     static FKV_DECL_SCORES(scores_##store) {                                                       \
         const element *key = k;                                                                    \
+        (void)next;                                                                                \
         for (int r = 0; r < rows; r++)                                                             \
             for (int t = 0; t < 64; t++) {                                                         \
                 float sum = 0.0f;                                                                  \
@@ -32,6 +33,7 @@ static float to_f32(float x) {
     }                                                                                              \
     static FKV_DECL_WEIGH(weigh_##store) {                                                         \
         const element *value = v;                                                                  \
+        (void)next;                                                                                \
         for (int r = 0; r < rows; r++)                                                             \
             for (int t = 0; t < tokens; t++)                                                       \
                 for (int c = 0; c < dims; c++)                                                     \

@@ -11,16 +11,15 @@
 
 static inline __attribute__((always_inline)) void
 NAME(scores_block)(float *s, ptrdiff_t s_stride, const float *q, ptrdiff_t q_stride,
-                   const ELEMENT *k, int dims, int add, const int rows) {
+                   const ELEMENT *k, int dims, int add, intptr_t ahead, const int rows) {
     for (int part = 0; part < 64; part += 4 * VL) {
         vf sum[MAX_ROWS][4];
         UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 4; v++) sum[r][v] =
             v_zero();
         for (int d = 0; d < dims; d++) {
             vf key[4];
-            _mm_prefetch((const char *)(k + d * 64) + AHEAD, _MM_HINT_T0);
-            if (sizeof *k * 64 > 64)
-                _mm_prefetch((const char *)(k + d * 64) + AHEAD + 64, _MM_HINT_T0);
+            if (part == 0)
+                prefetch(k + d * 64, ahead, 64 * sizeof *k);
             UNROLL for (int v = 0; v < 4; v++) key[v] = LOAD(k + d * 64 + part + v * VL);
             UNROLL for (int r = 0; r < rows; r++) {
                 vf x = v_set1(q[r * q_stride + d]);
@@ -35,31 +34,30 @@ NAME(scores_block)(float *s, ptrdiff_t s_stride, const float *q, ptrdiff_t q_str
 }
 
 static FKV_DECL_SCORES(NAME(scores)) {
+    const intptr_t ahead = distance(k, next);
     for (; rows >= MAX_ROWS; rows -= MAX_ROWS, s += MAX_ROWS * s_stride, q += MAX_ROWS * q_stride)
-        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, MAX_ROWS);
+        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, ahead, MAX_ROWS);
 #if MAX_ROWS > 4
     for (; rows >= 4; rows -= 4, s += 4 * s_stride, q += 4 * q_stride)
-        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, 4);
+        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, ahead, 4);
 #endif
     for (; rows >= 2; rows -= 2, s += 2 * s_stride, q += 2 * q_stride)
-        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, 2);
+        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, ahead, 2);
     if (rows)
-        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, 1);
+        NAME(scores_block)(s, s_stride, q, q_stride, k, dims, add, ahead, 1);
 }
 
 /* o[r][0..cols * VL) += sum_t p[r][t] v[t]; only the first `keep` lanes of the last vector are written */
 static inline __attribute__((always_inline)) void
 NAME(weigh_block)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride,
-                  const ELEMENT *v, ptrdiff_t v_stride, int tokens, int keep, const int rows,
-                  const int cols) {
+                  const ELEMENT *v, ptrdiff_t v_stride, int tokens, int keep, intptr_t ahead,
+                  const int rows, const int cols) {
     vf sum[4][4];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < cols; c++) sum[r][c] =
         v_load(o + r * o_stride + c * VL);
     for (int t = 0; t < tokens; t++) {
         vf value[4];
-        _mm_prefetch((const char *)(v + t * v_stride) + AHEAD, _MM_HINT_T0);
-        if (cols * VL * sizeof *v > 64)
-            _mm_prefetch((const char *)(v + t * v_stride) + AHEAD + 64, _MM_HINT_T0);
+        prefetch(v + t * v_stride, ahead, (size_t)(cols * VL) * sizeof *v);
         UNROLL for (int c = 0; c < cols; c++) value[c] = LOAD(v + t * v_stride + c * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf x = v_set1(p[r * p_stride + t]);
@@ -77,41 +75,43 @@ NAME(weigh_block)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stri
 
 static inline __attribute__((always_inline)) void
 NAME(weigh_cols)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride, const ELEMENT *v,
-                 ptrdiff_t v_stride, int tokens, int keep, int rows, const int cols) {
+                 ptrdiff_t v_stride, int tokens, int keep, intptr_t ahead, int rows,
+                 const int cols) {
     for (; rows >= WEIGH_ROWS; rows -= WEIGH_ROWS) {
-        NAME(weigh_block)(o, o_stride, p, p_stride, v, v_stride, tokens, keep, WEIGH_ROWS, cols);
+        NAME(weigh_block)
+        (o, o_stride, p, p_stride, v, v_stride, tokens, keep, ahead, WEIGH_ROWS, cols);
         o += WEIGH_ROWS * o_stride;
         p += WEIGH_ROWS * p_stride;
     }
     for (; rows; rows--, o += o_stride, p += p_stride)
-        NAME(weigh_block)(o, o_stride, p, p_stride, v, v_stride, tokens, keep, 1, cols);
+        NAME(weigh_block)(o, o_stride, p, p_stride, v, v_stride, tokens, keep, ahead, 1, cols);
 }
 
 static void NAME(weigh_strided)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride,
                                 const ELEMENT *v, ptrdiff_t v_stride, int dims, int tokens,
-                                int rows) {
+                                int rows, intptr_t ahead) {
     for (; dims >= 4 * VL; dims -= 4 * VL, o += 4 * VL, v += 4 * VL)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, VL, rows, 4);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, VL, ahead, rows, 4);
     if (dims >= 2 * VL) {
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, VL, rows, 2);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, VL, ahead, rows, 2);
         dims -= 2 * VL;
         o += 2 * VL;
         v += 2 * VL;
     }
     if (dims > VL)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, dims - VL, rows, 2);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, dims - VL, ahead, rows, 2);
     else if (dims > 0)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, dims, rows, 1);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, dims, ahead, rows, 1);
 }
 
 static FKV_DECL_WEIGH(NAME(weigh)) {
-    NAME(weigh_strided)(o, o_stride, p, p_stride, v, dims, dims, tokens, rows);
+    NAME(weigh_strided)(o, o_stride, p, p_stride, v, dims, dims, tokens, rows, distance(v, next));
 }
 
 static FKV_DECL_CONTRACT(NAME(contract)) {
     for (int r = 0; r < rows; r++)
         memset(a + r * a_stride, 0, (size_t)count * sizeof *a);
-    NAME(weigh_strided)(a, a_stride, q, q_stride, coef, coef_stride, count, channels, rows);
+    NAME(weigh_strided)(a, a_stride, q, q_stride, coef, coef_stride, count, channels, rows, 0);
 }
 
 static inline __attribute__((always_inline)) void
