@@ -498,14 +498,14 @@ typedef struct fkv_profile_info {
 
 /**
  * A profile that holds everything exactly in `storage_dtype`. On success *out is the caller's, freed
- * with fkv_profile_destroy(); on error *out is NULL. Errors: HANDLE, INVALID, NOMEM. Since 0.1.
+ * with fkv_profile_destroy(); on error *out is NULL. Errors: HANDLE, INVALID, NOMEM, LIMIT. Since 0.1.
  */
 FKV_API fkv_status fkv_profile_create_exact(fkv_context *ctx, const fkv_model_params *model,
                                             fkv_dtype storage_dtype, fkv_profile **out);
 /**
  * A Fourier profile. k_mask and v_mask are [n_layers, Hk, D] bytes, 1 where the channel is compressed,
  * 0 where it is kept; mask_bytes is the size of each. Keys are coded as attention sees them, that is
- * after RoPE. Ownership as above. Errors: HANDLE, INVALID, NOMEM. Since 0.1.
+ * after RoPE. Ownership as above. Errors: HANDLE, INVALID, NOMEM, LIMIT. Since 0.1.
  */
 FKV_API fkv_status fkv_profile_create_fourier(fkv_context *ctx, const fkv_model_params *model,
                                               const fkv_fourier_params *fourier,
@@ -756,7 +756,7 @@ typedef struct fkv_batch {
 
 /** Fills *batch with zeros and its size. Errors: INVALID. */
 FKV_API fkv_status fkv_batch_init(fkv_batch *batch, size_t struct_size);
-/** Makes an empty plan on a cache; *out is freed with fkv_plan_destroy(). Errors: HANDLE, NOMEM. */
+/** Makes an empty plan on a cache; *out is freed with fkv_plan_destroy(). Errors: HANDLE, NOMEM, LIMIT. */
 FKV_API fkv_status fkv_plan_create(fkv_cache *cache, fkv_plan **out);
 /**
  * Sets the step. All layers of a sequence must hold the same number of tokens. Allocates the workspace,

@@ -139,7 +139,10 @@ static fkv_status view_q(struct fkv_plan_object *plan, const fkv_tensor *q, cons
     return status;
 }
 
-fkv_status fkv_append(fkv_plan *plan, int32_t layer, const fkv_tensor *k, const fkv_tensor *v) {
+/* attending: with q, out and lse, else without. */
+static fkv_status append(fkv_plan *plan, int32_t layer, bool attending, const fkv_tensor *q,
+                         const fkv_tensor *k, const fkv_tensor *v, const fkv_tensor *out,
+                         const fkv_tensor *lse) {
     struct fkv_plan_object *p;
     struct views views;
     bool appended;
@@ -151,9 +154,22 @@ fkv_status fkv_append(fkv_plan *plan, int32_t layer, const fkv_tensor *k, const 
         status = fkv_plan_check(p, layer, true, &appended);
     if (status == FKV_OK)
         status = view_kv(p, k, v, &views);
+    if (status == FKV_OK && attending)
+        status = view_q(p, q, out, lse, &views);
     if (status == FKV_OK)
-        status = fkv_plan_append(p, layer, NULL, &views.k, &views.v, NULL, NULL);
+        status = fkv_plan_append(p, layer, attending ? &views.q : NULL, &views.k, &views.v,
+                                 &views.out, lse ? &views.lse : NULL);
     return leave(plan, p, true, status);
+}
+
+fkv_status fkv_append(fkv_plan *plan, int32_t layer, const fkv_tensor *k, const fkv_tensor *v) {
+    return append(plan, layer, false, NULL, k, v, NULL, NULL);
+}
+
+fkv_status fkv_append_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q,
+                             const fkv_tensor *k, const fkv_tensor *v, const fkv_tensor *out,
+                             const fkv_tensor *lse) {
+    return append(plan, layer, true, q, k, v, out, lse);
 }
 
 fkv_status fkv_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q, const fkv_tensor *out,
@@ -172,28 +188,6 @@ fkv_status fkv_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q, const 
     if (status == FKV_OK)
         p->ctx->ops->attend(p, layer, &views.q, &views.out, lse ? &views.lse : NULL);
     return leave(plan, p, false, status);
-}
-
-fkv_status fkv_append_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q,
-                             const fkv_tensor *k, const fkv_tensor *v, const fkv_tensor *out,
-                             const fkv_tensor *lse) {
-    struct fkv_plan_object *p;
-    struct views views;
-    bool appended;
-    fkv_status status = enter(plan, true, &p);
-    if (status != FKV_OK)
-        return status;
-    status = check_layer(p, layer);
-    if (status == FKV_OK)
-        status = fkv_plan_check(p, layer, true, &appended);
-    if (status == FKV_OK)
-        status = view_kv(p, k, v, &views);
-    if (status == FKV_OK)
-        status = view_q(p, q, out, lse, &views);
-    if (status == FKV_OK)
-        status = fkv_plan_append(p, layer, &views.q, &views.k, &views.v, &views.out,
-                                 lse ? &views.lse : NULL);
-    return leave(plan, p, true, status);
 }
 
 static fkv_status merge(struct fkv_ctx *ctx, const fkv_tensor *out_a, const fkv_tensor *lse_a,

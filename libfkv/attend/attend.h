@@ -22,6 +22,11 @@ int64_t fkv_chunk_count(const struct fkv_profile_object *profile, int64_t period
 struct fkv_chunk fkv_chunk_at(const struct fkv_profile_object *profile, int64_t period,
                               int64_t tokens, int64_t coded, int64_t i);
 
+static inline int64_t fkv_round16(int64_t n) {
+    return (n + 15) / 16 * 16;
+}
+/* Grid points that a chunk of coded tiles touches, rounded up likewise; 0 for exact profiles. */
+int64_t fkv_chunk_grid(const struct fkv_seq *seq);
 /* Grid points of one segment, rounded up for alignment and padding; 0 for exact profiles. */
 int64_t fkv_grid_floats(const struct fkv_seq *seq);
 int64_t fkv_partial_floats(const struct fkv_profile_object *profile, const struct fkv_seq *seq);
