@@ -51,17 +51,24 @@ check_leak_detection() {
 }
 
 check_format() {
-    if ! command -v clang-format-14 >/dev/null 2>&1; then
-        echo "skipped: there is no clang-format-14, and other versions format otherwise"
+    formatter=
+    for candidate in clang-format-14 clang-format; do
+        if $candidate --version 2>/dev/null | grep -q 'version 14\.'; then
+            formatter=$candidate
+            break
+        fi
+    done
+    if [ -z "$formatter" ]; then
+        echo "skipped: there is no clang-format 14, and other versions format otherwise"
         return
     fi
     unformatted=$(find include libfkv tests examples -name '*.[ch]' | while read -r file; do
-        clang-format-14 --style=file "$file" | cmp -s - "$file" || echo "$file"
+        "$formatter" --style=file "$file" | cmp -s - "$file" || echo "$file"
     done)
     if [ -z "$unformatted" ]; then
         echo "ok"
     else
-        echo "not as clang-format-14 would have it:"
+        echo "not as clang-format 14 would have it:"
         echo "$unformatted"
         failed=$((failed + 1))
     fi
