@@ -87,31 +87,64 @@ NAME(weigh_cols)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_strid
         NAME(weigh_block)(o, o_stride, p, p_stride, v, v_stride, tokens, keep, ahead, 1, cols);
 }
 
-static void NAME(weigh_strided)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride,
-                                const ELEMENT *v, ptrdiff_t v_stride, int dims, int tokens,
-                                int rows, intptr_t ahead) {
-    for (; dims >= 4 * VL; dims -= 4 * VL, o += 4 * VL, v += 4 * VL)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, VL, ahead, rows, 4);
+static FKV_DECL_WEIGH(NAME(weigh)) {
+    const ELEMENT *value = v;
+    const int stride = dims;
+    const intptr_t ahead = distance(v, next);
+    for (; dims >= 4 * VL; dims -= 4 * VL, o += 4 * VL, value += 4 * VL)
+        NAME(weigh_cols)(o, o_stride, p, p_stride, value, stride, tokens, VL, ahead, rows, 4);
     if (dims >= 2 * VL) {
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, VL, ahead, rows, 2);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, value, stride, tokens, VL, ahead, rows, 2);
         dims -= 2 * VL;
         o += 2 * VL;
-        v += 2 * VL;
+        value += 2 * VL;
     }
     if (dims > VL)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, dims - VL, ahead, rows, 2);
+        NAME(weigh_cols)
+        (o, o_stride, p, p_stride, value, stride, tokens, dims - VL, ahead, rows, 2);
     else if (dims > 0)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, v, v_stride, tokens, dims, ahead, rows, 1);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, value, stride, tokens, dims, ahead, rows, 1);
 }
 
-static FKV_DECL_WEIGH(NAME(weigh)) {
-    NAME(weigh_strided)(o, o_stride, p, p_stride, v, dims, dims, tokens, rows, distance(v, next));
+/* a[r] += sum of `channels` rows of coefficients, which are read as they lie in memory: there are many of them,
+ * far apart, and the sums stay in the first-level cache. */
+static inline __attribute__((always_inline)) void
+NAME(contract_block)(float *a, ptrdiff_t a_stride, const float *q, ptrdiff_t q_stride,
+                     const ELEMENT *coef, ptrdiff_t coef_stride, int count, const int channels,
+                     const int rows) {
+    for (int n = 0; n < count; n += VL) {
+        vf c[4];
+        UNROLL for (int j = 0; j < channels; j++) c[j] = LOAD(coef + j * coef_stride + n);
+        UNROLL for (int r = 0; r < rows; r++) {
+            float *to = a + r * a_stride + n;
+            vf sum = v_load(to);
+            UNROLL for (int j = 0; j < channels; j++) sum =
+                v_fma(v_set1(q[r * q_stride + j]), c[j], sum);
+            if (count - n < VL)
+                v_store_first(to, sum, count - n);
+            else
+                v_store(to, sum);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void
+NAME(contract_rows)(float *a, ptrdiff_t a_stride, const float *q, ptrdiff_t q_stride,
+                    const ELEMENT *coef, ptrdiff_t coef_stride, int channels, int count,
+                    const int rows) {
+    for (; channels >= 4; channels -= 4, q += 4, coef += 4 * coef_stride)
+        NAME(contract_block)(a, a_stride, q, q_stride, coef, coef_stride, count, 4, rows);
+    for (; channels; channels--, q++, coef += coef_stride)
+        NAME(contract_block)(a, a_stride, q, q_stride, coef, coef_stride, count, 1, rows);
 }
 
 static FKV_DECL_CONTRACT(NAME(contract)) {
     for (int r = 0; r < rows; r++)
         memset(a + r * a_stride, 0, (size_t)count * sizeof *a);
-    NAME(weigh_strided)(a, a_stride, q, q_stride, coef, coef_stride, count, channels, rows, 0);
+    for (; rows >= 4; rows -= 4, a += 4 * a_stride, q += 4 * q_stride)
+        NAME(contract_rows)(a, a_stride, q, q_stride, coef, coef_stride, channels, count, 4);
+    for (; rows; rows--, a += a_stride, q += q_stride)
+        NAME(contract_rows)(a, a_stride, q, q_stride, coef, coef_stride, channels, count, 1);
 }
 
 static inline __attribute__((always_inline)) void
