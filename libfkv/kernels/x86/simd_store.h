@@ -89,21 +89,20 @@ NAME(weigh_cols)(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_strid
 
 static FKV_DECL_WEIGH(NAME(weigh)) {
     const ELEMENT *value = v;
-    const int stride = dims;
+    const int row = dims;
     const intptr_t ahead = distance(v, next);
     for (; dims >= 4 * VL; dims -= 4 * VL, o += 4 * VL, value += 4 * VL)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, value, stride, tokens, VL, ahead, rows, 4);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, value, row, tokens, VL, ahead, rows, 4);
     if (dims >= 2 * VL) {
-        NAME(weigh_cols)(o, o_stride, p, p_stride, value, stride, tokens, VL, ahead, rows, 2);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, value, row, tokens, VL, ahead, rows, 2);
         dims -= 2 * VL;
         o += 2 * VL;
         value += 2 * VL;
     }
     if (dims > VL)
-        NAME(weigh_cols)
-        (o, o_stride, p, p_stride, value, stride, tokens, dims - VL, ahead, rows, 2);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, value, row, tokens, dims - VL, ahead, rows, 2);
     else if (dims > 0)
-        NAME(weigh_cols)(o, o_stride, p, p_stride, value, stride, tokens, dims, ahead, rows, 1);
+        NAME(weigh_cols)(o, o_stride, p, p_stride, value, row, tokens, dims, ahead, rows, 1);
 }
 
 /* a[r] += sum of `channels` rows of coefficients, which are read as they lie in memory: there are many of them,
