@@ -43,7 +43,7 @@ static const char usage[] =
     "  --backend cpu          where to run (default cpu, and no other yet)\n"
     "  --repeats N            timed calls of each (default 51, for append 5)\n"
     "  --seed N               of the random keys, values and queries (default 1)\n"
-    "  --no-check             do not compare outputs with float64 (which takes minutes for\n"
+    "  --no-check             do not compare outputs with float64 (which takes long for\n"
     "                         long coded sequences, as they are restored for it)\n"
     "  --json                 print one JSON object\n"
     "  --help                 print this\n"
