@@ -30,7 +30,10 @@ def enum_class(enum):
 
 
 def member_names(enum):
-    """Enumerators without what they have in common: FKV_RESTORE_AUTHORS -> AUTHORS."""
+    """Enumerators without what they have in common: FKV_RESTORE_AUTHORS -> AUTHORS.
+
+    A number that would come first goes last: FKV_CHANNEL_2BIT -> BIT2.
+    """
     names = [value['name'] for value in enum['values']]
     if enum['name'] == 'fkv_status_code':
         return [re.sub('^FKV_(ERR_)?', '', name) for name in names]
@@ -38,8 +41,9 @@ def member_names(enum):
     for count in range(len(words) - 1, 0, -1):
         prefix = '_'.join(words[:count]) + '_'
         if all(name.startswith(prefix) for name in names):
-            return [name[len(prefix):] for name in names]
-    return names
+            names = [name[len(prefix):] for name in names]
+            break
+    return [re.sub(r'^(\d+)(\w+)$', r'\2\1', name) for name in names]
 
 
 def docstring(text, indent):
@@ -140,9 +144,9 @@ CAPI_LOAD = '''
 def load(path=None):
     """Loads libfkv and declares its functions; returns the ctypes.CDLL.
 
-    Without a path: the file that the environment variable FKV_LIBRARY names, else the one beside this
-    module, else what the system's loader finds. Raises OSError if there is none and ImportError if it is
-    of another ABI.
+    Without a path: the file that the environment variable FKV_LIBRARY names, else the one beside
+    this module, else what the system's loader finds. Raises OSError if there is none and ImportError
+    if it is of another ABI.
     """
     beside = pathlib.Path(__file__).with_name(SONAME)
     name = path or os.environ.get('FKV_LIBRARY') or (str(beside) if beside.exists() else SONAME)
@@ -164,12 +168,15 @@ def module(parts):
 
 
 def fill(start, items, end, indent):
-    """start + comma-separated items + end, broken at 100 columns."""
-    line = start + ', '.join(items) + end
-    if len(line) <= 100:
-        return line
-    return textwrap.fill(line, 100, subsequent_indent=' ' * indent, break_long_words=False,
-                         break_on_hyphens=False)
+    """start + comma-separated items + end; one line if it fits, else broken between items."""
+    lines = [start]
+    for number, item in enumerate(items):
+        piece = item + (end if number == len(items) - 1 else ',')
+        if len(lines[-1]) + 1 + len(piece) > 100 and number:
+            lines.append(' ' * indent + piece)
+        else:
+            lines[-1] += piece if lines[-1].endswith(('(', '[')) else ' ' + piece
+    return '\n'.join(lines) if items else start + end
 
 
 def capi(api):
@@ -277,9 +284,10 @@ def python_type(struct, field, api):
 
 
 def visible_fields(struct):
-    hidden = {'struct_size', 'reserved'} | {count for (name, _), count in COUNTS.items()
-                                            if name == struct['name']}
-    return [f for f in struct['fields'] if f['name'] not in hidden
+    hidden = {'struct_size'} | {count for (name, _), count in COUNTS.items()
+                                if name == struct['name']}
+    return [f for f in struct['fields']
+            if f['name'] not in hidden and not f['name'].startswith('reserved')
             and (struct['name'], f['name']) not in INTERNAL]
 
 

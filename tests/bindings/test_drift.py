@@ -4,6 +4,7 @@
 Each check must pass with the header as it is, and fail with one field, one constant or one function of it
 altered. A check that cannot fail would be found here.
 """
+import ast
 import pathlib
 import shutil
 import subprocess
@@ -118,6 +119,15 @@ def test_undocumented_function_is_refused(tmp_path):
     done = subprocess.run([sys.executable, ROOT / 'bindings/gen/gen.py', '--check', '--include',
                            include], stderr=subprocess.PIPE, text=True)
     assert done.returncode and 'not documented: fkv_more' in done.stderr
+
+
+@pytest.mark.parametrize('stub', sorted((ROOT / 'bindings/python/fkv').glob('*.pyi')),
+                         ids=lambda path: path.name)
+def test_stubs_are_python(stub):
+    names = {node.name for node in ast.walk(ast.parse(stub.read_text(encoding='utf-8')))
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    symbols = set((ROOT / 'bindings/gen/symbols.txt').read_text().split())
+    assert 'View' in names if stub.name == '_view.pyi' else symbols <= names
 
 
 def test_symbols_are_those_of_the_version_script():

@@ -11,8 +11,8 @@
     plan.update([sequence], 1)
     out = plan.append_attend(0, q, k, v)
 
-Arrays are anything that has the buffer protocol or speaks DLPack: numpy, torch and others, without a
-copy. Errors are exceptions, all of them fkv.Error. docs/python.md is the guide, fkv.h the manual.
+Arrays are anything that has the buffer protocol or speaks DLPack: numpy, torch and others, without
+a copy. Errors are exceptions, all of them fkv.Error. docs/python.md is the guide, fkv.h the manual.
 """
 from ._convert import tensor
 from ._native import ffi as _ffi

@@ -14,7 +14,7 @@ from ._view import View
 from .errors import failure
 
 TENSOR = ffi.typeof('fkv_tensor *')
-NUMPY_DTYPES = {DType.F32: numpy.float32, DType.F16: numpy.float16}
+NUMPY_DTYPES: dict[int, Any] = {DType.F32: numpy.float32, DType.F16: numpy.float16}
 
 
 def as_enum(kind: type[enum.IntEnum], value: Any) -> enum.IntEnum:
@@ -55,7 +55,7 @@ def _set_field(struct, name: str, kind: Any, value: Any, keep: list) -> None:
         setattr(struct, name, value)
 
 
-def to_c(kind: type, params: Any) -> tuple[Any, list]:
+def to_c(kind: Any, params: Any) -> tuple[Any, list]:
     """(pointer to the C struct, what must live as long); (NULL, []) for None.
 
     `params` is an instance of the dataclass `kind`, or a mapping with its fields.
@@ -82,14 +82,14 @@ def to_c(kind: type, params: Any) -> tuple[Any, list]:
     return struct, keep
 
 
-def new_result(kind: type):
+def new_result(kind: Any):
     """An empty C struct that the library will fill, with its size set."""
     struct = ffi.new(kind._c + ' *')
     struct.struct_size = ffi.sizeof(kind._c)
     return struct
 
 
-def from_c(kind: type, struct) -> Any:
+def from_c(kind: Any, struct) -> Any:
     """The dataclass `kind` from what the library filled."""
     values = {}
     for name, field_kind in kind._kinds.items():
@@ -114,13 +114,13 @@ def array_bytes(array: Any, dtype: Any, shape: Sequence[int], name: str) -> nump
 def tensor(array: Any, dtype: Any = None, writable: bool = False, stream: Any = None) -> View:
     """A view of an array, made once and used in many calls.
 
-    Every call takes arrays as they are; this saves their conversion where the same array is used again
-    and again, and says what cannot be seen from it:
+    Every call takes arrays as they are; this saves their conversion where the same array is used
+    again and again, and says what cannot be seen from it:
 
     dtype     'bf16' or 'f16' for an array of 16-bit integers that are the bits of such numbers
     writable  the view may be an output
-    stream    for arrays on a CUDA device, the stream (as DLPack numbers them) on which the library will
-              use it; its producer makes it safe there
+    stream    for arrays on a CUDA device, the stream (as DLPack numbers them) on which the library
+              will use it; its producer makes it safe there
 
     Nothing is copied; the array lives as long as the view.
     """
@@ -129,7 +129,7 @@ def tensor(array: Any, dtype: Any = None, writable: bool = False, stream: Any = 
 
 
 def empty_for(query: Any, view: View, shape: Sequence[int], lse: bool = False) -> Any:
-    """A new array beside `query`, whose view is `view`: torch's for a tensor of torch, else numpy's."""
+    """A new array beside `query`, whose view is `view`: of torch for its tensors, else of numpy."""
     if type(query).__module__.split('.')[0] == 'torch':
         import torch
         return query.new_empty(shape, dtype=torch.float32 if lse else query.dtype)

@@ -1,7 +1,8 @@
 from typing import Any
 
 class View:
-    def __new__(cls, object: Any, writable: bool = ..., dtype: int = ..., stream: Any = ...) -> View: ...
+    def __new__(cls, object: Any, writable: bool = ..., dtype: int = ...,
+                stream: Any = ...) -> View: ...
     @property
     def address(self) -> int: ...
     @property

@@ -19,10 +19,10 @@ _append_attend = lib.fkv_append_attend
 
 
 class Cache(Handle):
-    """The keys and values of many sequences over all layers. Keywords are the fields of CacheParams.
+    """The keys and values of many sequences over all layers.
 
-    Attends of different plans may run at the same time; appending, creating and freeing are writers:
-    one beside anything else raises BusyError.
+    Keywords are the fields of CacheParams. Attends of different plans may run at the same time;
+    appending, creating and freeing are writers: one beside anything else raises BusyError.
     """
 
     _destroy = lib.fkv_cache_destroy

@@ -362,9 +362,9 @@ PROTOTYPES = {
 def load(path=None):
     """Loads libfkv and declares its functions; returns the ctypes.CDLL.
 
-    Without a path: the file that the environment variable FKV_LIBRARY names, else the one beside this
-    module, else what the system's loader finds. Raises OSError if there is none and ImportError if it is
-    of another ABI.
+    Without a path: the file that the environment variable FKV_LIBRARY names, else the one beside
+    this module, else what the system's loader finds. Raises OSError if there is none and ImportError
+    if it is of another ABI.
     """
     beside = pathlib.Path(__file__).with_name(SONAME)
     name = path or os.environ.get('FKV_LIBRARY') or (str(beside) if beside.exists() else SONAME)

@@ -401,8 +401,8 @@ class Library(ctypes.CDLL):
         INVALID, NOMEM, LIMIT. Since 0.1.
         """
         ...
-    def fkv_profile_create_fourier(self, ctx: Any, model: Any, fourier: Any, k_mask: Any, v_mask:
-            Any, mask_bytes: int, out: Any) -> int:
+    def fkv_profile_create_fourier(self, ctx: Any, model: Any, fourier: Any, k_mask: Any,
+            v_mask: Any, mask_bytes: int, out: Any) -> int:
         """A Fourier profile. k_mask and v_mask are [n_layers, Hk, D] bytes, 1 where the channel is
         compressed, 0 where it is kept; mask_bytes is the size of each. Keys are coded as
         attention sees them, that is after RoPE. Ownership as above. Errors: HANDLE, INVALID,
@@ -443,8 +443,8 @@ class Library(ctypes.CDLL):
     def fkv_profile_query(self, profile: Any, info: Any) -> int:
         """Fills *info; set info->struct_size before. Errors: HANDLE, INVALID. Since 0.1."""
         ...
-    def fkv_profile_channels(self, profile: Any, layer: int, part: int, codes: Any, bytes: int) ->
-            int:
+    def fkv_profile_channels(self, profile: Any, layer: int, part: int, codes: Any,
+            bytes: int) -> int:
         """Writes a fkv_channel_code for each channel of a layer's K or V: [Hk, D] bytes; `bytes`
         is the buffer's size. Errors: HANDLE, INVALID (layer, part), BUFFER. Since 0.1.
         """
@@ -470,8 +470,8 @@ class Library(ctypes.CDLL):
         INVALID, NONFINITE, NOMEM, LIMIT, BUSY. Since 0.1.
         """
         ...
-    def fkv_calibrator_errors(self, calibrator: Any, layer: int, part: int, errors: Any, count: int)
-            -> int:
+    def fkv_calibrator_errors(self, calibrator: Any, layer: int, part: int, errors: Any,
+            count: int) -> int:
         """The mean error of each channel of a layer's K or V under the criterion, [Hk, D] doubles;
         `count` is the number of doubles at `errors`. Errors: HANDLE, INVALID, STATE (layer not
         observed), BUFFER.
@@ -518,8 +518,8 @@ class Library(ctypes.CDLL):
         Errors: HANDLE, INVALID, BUSY. Since 0.1.
         """
         ...
-    def fkv_sequence_read(self, cache: Any, sequence: int, layer: int, first: int, count: int, k:
-            Any, v: Any) -> int:
+    def fkv_sequence_read(self, cache: Any, sequence: int, layer: int, first: int, count: int,
+            k: Any, v: Any) -> int:
         """Reads back what is held of `count` tokens from `first` on, as attention sees it: keys
         after RoPE, the coded channels reconstructed in double precision. k and v are [count,
         Hk, D] outputs; either may be NULL. For inspection and tests: slow. Errors: HANDLE,
@@ -569,8 +569,8 @@ class Library(ctypes.CDLL):
         BUSY. Since 0.1.
         """
         ...
-    def fkv_append_attend(self, plan: Any, layer: int, q: Any, k: Any, v: Any, out: Any, lse: Any)
-            -> int:
+    def fkv_append_attend(self, plan: Any, layer: int, q: Any, k: Any, v: Any, out: Any,
+            lse: Any) -> int:
         """fkv_append() and fkv_attend() in one, attending before anything new is coded: the step's
         own tokens, and the local window behind each, are seen exactly. This is the call for
         prefill and decode. Errors: those of both. Since 0.1.

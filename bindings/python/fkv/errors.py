@@ -10,7 +10,7 @@ class Error(Exception):
     """A call failed. Nothing has changed, except after DeviceError."""
 
     #: What the library returned.
-    status: Status = Status.INVALID
+    status: int = Status.INVALID
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
@@ -93,13 +93,13 @@ class BufferTooSmallError(Error):
     status = Status.BUFFER
 
 
-BY_STATUS = {kind.status: kind for kind in (
+BY_STATUS: dict[int, type[Error]] = {int(kind.status): kind for kind in (
     InvalidError, HandleError, StateError, NoMemoryError, LimitError, NonFiniteError, FileError,
     FormatError, ChecksumError, VersionError, MismatchError, UnsupportedError, DeviceError,
     BusyError, BufferTooSmallError)}
 
 
-def as_status(status: int) -> Status | int:
+def as_status(status: int) -> int:
     """The Status of a number, or the number if this package does not know it."""
     try:
         return Status(status)
@@ -123,5 +123,5 @@ def message_of(context) -> str:
 
 def failure(status: int, message: str) -> Error:
     """The exception of a status."""
-    kind = BY_STATUS.get(as_status(status), Error)
+    kind = BY_STATUS.get(status, Error)
     return kind(message or status_string(status), status)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ModelParams of models: from Hugging Face configurations, or by name for a few that are often asked for."""
+"""ModelParams of models: from Hugging Face configurations, or by name for a few."""
 from __future__ import annotations
 
 import json
@@ -34,8 +34,9 @@ PRESETS = {
 def model_params(source: Any, model_id: str | None = None) -> ModelParams:
     """The geometry of a model.
 
-    source  a name in fkv.models.PRESETS ('llama-3.1-8b'), the path of a Hugging Face config.json or of
-            the folder that has it, its contents as a dict, or a configuration object of transformers
+    source  a name in fkv.models.PRESETS ('llama-3.1-8b'), the path of a Hugging Face config.json or
+            of the folder that has it, its contents as a dict, or a configuration object of
+            transformers
     """
     if isinstance(source, str) and source.lower() in PRESETS:
         return _from_config(PRESETS[source.lower()], model_id or source.lower())

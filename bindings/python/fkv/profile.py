@@ -12,7 +12,7 @@ from ._types import (CalibratorParams, DType, FourierParams, ModelParams, Part, 
 
 
 class Profile(Handle):
-    """A model's geometry, and how each channel of its cache is held. Immutable; any number of threads.
+    """A model's geometry, and how each channel of its cache is held. Immutable, for any thread.
 
     Made by Profile.exact(), fourier(), published(), load(), loads(), or by a Calibrator.
     """
