@@ -75,7 +75,8 @@ check_format() {
 }
 
 section "what is needed"
-if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas; then
+if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas \
+    cargo rustfmt bindgen; then
     echo "0 passed, 1 failed"
     exit 1
 fi
@@ -94,7 +95,7 @@ export FKV_QUICK UBSAN_OPTIONS ASAN_OPTIONS
 check_leak_detection
 build_and_test build-asan \
     "-Db_sanitize=address,undefined -Doptimization=1 -Dwerror=false -Dexamples=false" \
-    "--timeout-multiplier 3 --suite api --suite kern --suite property"
+    "--timeout-multiplier 3 --suite api --suite kern --suite property --suite rust"
 
 section "format"
 check_format

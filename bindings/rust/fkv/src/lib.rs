@@ -121,3 +121,8 @@ pub fn abi_version() -> u32 {
     // SAFETY: the function has no preconditions.
     unsafe { sys::fkv_abi_version() }
 }
+
+/// The programs of the guide, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../../docs/rust.md")]
+struct Guide;
