@@ -75,11 +75,11 @@ check_format() {
 }
 
 section "what is needed"
-if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas \
-    cargo rustfmt bindgen; then
+if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas; then
     echo "0 passed, 1 failed"
     exit 1
 fi
+install_missing cargo rustfmt bindgen || echo "tests of the Rust crates that need these are skipped"
 echo "ok"
 
 section "release build"

@@ -6,6 +6,7 @@
 set -eu
 FKV_INCLUDE_DIR=$(cd "$1" && pwd)
 LD_LIBRARY_PATH=$FKV_LIB_DIR${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-export FKV_INCLUDE_DIR LD_LIBRARY_PATH
+CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/layout
+export FKV_INCLUDE_DIR LD_LIBRARY_PATH CARGO_TARGET_DIR
 cd "$(dirname "$0")"
 exec "${CARGO:-cargo}" test --offline --locked --quiet -p fkv-sys --test layout

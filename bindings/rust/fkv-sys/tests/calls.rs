@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The C interface as it is, for what the safe crate leaves out or makes impossible.
+#![deny(unsafe_op_in_unsafe_fn)]
 use fkv_sys::*;
 use std::alloc::{alloc, dealloc, Layout};
 use std::ffi::CStr;
