@@ -5,8 +5,9 @@
 # says what to do. style: rustfmt and clippy, where they are there.
 #
 # Environment: FKV_LIB_DIR, the directory of libfkv.so; CARGO_TARGET_DIR, where cargo writes, in a folder
-# for each so that they can run at the same time; CARGO, if not `cargo`; FKV_PRELOAD, a sanitizer's library for the test programs (the compiler runs without);
-# FKV_PC_DIR, the directory of fkv.pc or fkv-uninstalled.pc, for link.
+# for each so that they can run at the same time; CARGO, if not `cargo`; FKV_PRELOAD, a sanitizer's library
+# for the test programs (the compiler runs without); FKV_PC_DIR, the directory of fkv.pc or
+# fkv-uninstalled.pc, for link.
 set -u
 cd "$(dirname "$0")" || exit 1
 cargo=${CARGO:-cargo}
@@ -54,8 +55,8 @@ explains() {
 case ${1:-} in
 crates)
     if [ -n "${FKV_PRELOAD:-}" ]; then
-        # cargo starts test programs through this, but only newer ones do so with doc tests. Those of
-        # Rust keep small blocks for good, which would be taken for leaks.
+        # cargo starts test programs through a runner, but only newer ones do so with doc tests: they are
+        # left out. Rust's test harness keeps blocks for good, which would be taken for leaks.
         ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0
         export ASAN_OPTIONS
         target=$("${RUSTC:-rustc}" -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
