@@ -149,6 +149,7 @@ if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas
     echo "0 passed, 1 failed"
     exit 1
 fi
+install_missing cargo rustfmt bindgen || echo "tests of the Rust crates that need these are skipped"
 echo "ok"
 
 section "release build"
@@ -169,7 +170,7 @@ export FKV_QUICK UBSAN_OPTIONS ASAN_OPTIONS
 check_leak_detection
 build_and_test build-asan \
     "-Db_sanitize=address,undefined -Doptimization=1 -Dwerror=false -Dexamples=false" \
-    "--timeout-multiplier 3 --suite api --suite kern --suite property"
+    "--timeout-multiplier 3 --suite api --suite kern --suite property --suite rust"
 
 if [ "${FKV_PYTHON:-1}" = 1 ]; then
     section "Python package under the sanitizers"

@@ -18,16 +18,20 @@ def total(pattern, text):
 
 
 def count(test):
-    """(passed, failed, skipped) of one program: cmocka's groups, lines of ok / not ok, or itself."""
+    """(passed, failed, skipped) of one program: of cmocka, of cargo, of ok / not ok, or itself."""
     text = test.get('stdout', '') + '\n' + test.get('stderr', '')
     good = test['result'] in ('OK', 'EXPECTEDFAIL')
     running = total(r'^\[==========\] Running (\d+) test', text)
+    cargo = r'^test result: \w+\. .*?(\d+) '
     lines = re.findall(r'^(ok|not ok) \d+.*?(# SKIP.*)?$', text, re.M)
     if running:
         passed = total(r'^\[  PASSED  \] (\d+) test', text)
         skipped = total(r'^\[  SKIPPED \] (\d+) test', text)
         # What a crash kept from running has not passed.
         failed = running - passed - skipped
+    elif re.search(cargo, text, re.M):
+        passed, failed, skipped = (total(cargo + what, text)
+                                   for what in ('passed', 'failed', 'ignored'))
     elif lines:
         skipped = sum(1 for _, skip in lines if skip)
         failed = sum(1 for result, _ in lines if result == 'not ok')
