@@ -731,10 +731,10 @@ FKV_API fkv_status fkv_sequence_fork(fkv_cache *cache, fkv_sequence sequence, fk
  *     down). What remains coded then stays so, with no local window behind it until tokens are appended.
  * Any other is STATE, the message names the smallest length of the first kind and the nearest below.
  *
- * To take back draft tokens, append them and crop. The last n_local tokens can always be taken back. The
- * rest is held as if they had never been, unless a tile was coded because of them: that tile, of tokens
- * that were going to leave the window within as many tokens, then stays coded. Where even that must not be,
- * append drafts to a fork.
+ * To take back draft tokens, append them and crop: right after an append, the last n_local tokens can
+ * always be taken back. The rest is held as if they had never been, bit for bit, unless a tile was coded
+ * because of them: it then stays coded, though its newest token is younger than n_local tokens. Where even
+ * that must not be, append drafts to a fork.
  *
  * Nothing is allocated. Page tables keep their size unless `tokens` is 0. Plans that have the sequence are
  * outdated, unless it had that length already.
