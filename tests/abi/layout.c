@@ -114,7 +114,7 @@ FIELD(fkv_sequence_params, struct_size, 0, 4);
 FIELD(fkv_sequence_params, reserved, 4, 4);
 FIELD(fkv_sequence_params, period, 8, 8);
 
-SIZE(fkv_stats, 96);
+SIZE(fkv_stats, 104);
 FIELD(fkv_stats, struct_size, 0, 4);
 FIELD(fkv_stats, reserved, 4, 4);
 FIELD(fkv_stats, sequences, 8, 8);
@@ -128,6 +128,7 @@ FIELD(fkv_stats, bytes_coefficients, 64, 8);
 FIELD(fkv_stats, bytes_tables, 72, 8);
 FIELD(fkv_stats, dense_bytes, 80, 8);
 FIELD(fkv_stats, ratio, 88, 8);
+FIELD(fkv_stats, bytes_shared, 96, 8);
 
 SIZE(fkv_batch, 40);
 FIELD(fkv_batch, struct_size, 0, 4);

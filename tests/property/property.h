@@ -86,6 +86,7 @@ struct world {
     double inv_freq[FKV_MAX_HEAD_DIM / 2];
     uint8_t *mask[2]; /* [layers][kv_heads][head_dim]; NULL for an exact profile */
     int64_t live;     /* bytes the allocator has given out */
+    int first_layer;  /* steps leave out those before it */
 };
 
 void world_open(struct world *w, const struct config *c);
