@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 import os
 from typing import Any, Sequence
 
@@ -40,7 +41,9 @@ def _set_field(struct, name: str, kind: Any, value: Any, keep: list) -> None:
         keep.append(inner)
         setattr(struct, name, inner[0])
     elif kind == 'text':
-        keep.append(ffi.new('char[]', value.encode()))
+        if not isinstance(value, str):
+            raise TypeError(f'expected str, not {type(value).__name__}')
+        keep.append(ffi.new('char[]', _without_zero(value.encode())))
         setattr(struct, name, keep[-1])
     elif kind == 'address':
         target = ffi.typeof(struct[0]).fields
@@ -77,8 +80,10 @@ def to_c(kind: Any, params: Any) -> tuple[Any, list]:
             continue
         try:
             _set_field(struct, name, field_kind, value, keep)
-        except (TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise type(error)(f'{kind.__name__}.{name}: {error}') from None
+        except (TypeError, ValueError, OverflowError) as error:
+            # Some kinds of ValueError take more than a text.
+            what = ValueError if isinstance(error, ValueError) else type(error)
+            raise what(f'{kind.__name__}.{name}: {error}') from None
     return struct, keep
 
 
@@ -98,17 +103,49 @@ def from_c(kind: Any, struct) -> Any:
     return kind(**values)
 
 
+def _without_zero(data: bytes) -> bytes:
+    if b'\0' in data:
+        raise ValueError('embedded null character')  # C would end the text there
+    return data
+
+
 def path_bytes(path: Any) -> bytes:
     """A path as the bytes of the file system."""
-    return os.fsencode(os.fspath(path))
+    return _without_zero(os.fsencode(os.fspath(path)))
 
 
-def array_bytes(array: Any, dtype: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
-    """`array` as a contiguous numpy array of that type, of exactly that shape."""
-    array = numpy.asarray(array)
-    if array.shape != tuple(shape):
-        raise ValueError(f'{name} has shape {array.shape}, expected {tuple(shape)}')
-    return numpy.ascontiguousarray(array, dtype=dtype)
+def text_bytes(text: Any) -> bytes:
+    """UTF-8 text, given as str or as bytes."""
+    if isinstance(text, str):
+        return text.encode()
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        return bytes(text)
+    raise TypeError(f'expected str or bytes, not {type(text).__name__}')
+
+
+def mask_bytes(mask: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
+    """`mask`, of exactly that shape and of nothing but 0 and 1, as contiguous bytes."""
+    mask = numpy.asarray(mask)
+    if mask.shape != tuple(shape):
+        raise ValueError(f'{name} has shape {mask.shape}, expected {tuple(shape)}')
+    ones = mask == 1
+    if not numpy.all(ones | (mask == 0)):
+        raise ValueError(f'{name} has values other than 0 and 1')
+    return numpy.ascontiguousarray(ones, dtype=numpy.uint8)
+
+
+def int64_list(values: Any, name: str) -> numpy.ndarray:
+    """A contiguous array of whole numbers; others are not rounded but refused."""
+    array = numpy.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f'{name} has {array.ndim} dimensions, expected 1')
+    if array.size and array.dtype.kind == 'O':  # too large for any type of numpy, or no numbers
+        return numpy.array([operator.index(value) for value in values], numpy.int64)
+    if array.size and array.dtype.kind not in 'iu':
+        raise TypeError(f'{name} must be integers, not {array.dtype}')
+    if array.dtype.kind == 'u' and array.size and array.max() > numpy.iinfo(numpy.int64).max:
+        raise OverflowError(f'{name}: an entry is too large')
+    return numpy.ascontiguousarray(array, numpy.int64)
 
 
 def tensor(array: Any, dtype: Any = None, writable: bool = False, stream: Any = None) -> View:

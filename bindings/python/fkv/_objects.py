@@ -87,9 +87,10 @@ class Context(Handle):
         status = lib.fkv_context_create(struct, out)
         if status:
             raise errors.failure(status, ffi.string(message).decode(errors='replace'))
-        super().__init__(out[0], self)
-        # A cycle with itself would leave the closing to the collector of cycles.
-        self._context = None
+        # Without itself as context: in a cycle, closing would be left to the collector of cycles.
+        super().__init__(out[0], None)
+        # Callbacks of cffi live as long as somebody has them.
+        self._allocator = params.get('alloc'), params.get('free'), params.get('alloc_user')
 
     @property
     def info(self) -> ContextInfo:
@@ -116,6 +117,13 @@ class Context(Handle):
         if self.closed:
             return errors.HandleError('the context is closed')
         return errors.failure(status, errors.message_of(self._pointer))
+
+
+def expect(kind: type, value: Any) -> Any:
+    """`value`, which must be an object of that class."""
+    if not isinstance(value, kind):
+        raise TypeError(f'expected {kind.__name__}, not {type(value).__name__}')
+    return value
 
 
 def tensor_pointer(view: View | None, _type=ffi.typeof('fkv_tensor *'), _cast=ffi.cast):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import operator
 from typing import Any, Sequence as Seq
 
 import numpy
 
-from ._convert import (TENSOR, View, empty_for, ffi, from_c, lib, new_result, to_c)
-from ._objects import Context, Handle, tensor_pointer
+from ._convert import (TENSOR, View, empty_for, ffi, from_c, int64_list, lib, new_result, to_c)
+from ._objects import Context, Handle, expect, tensor_pointer
 from ._types import CacheParams, SequenceParams, Stats
 from .profile import Profile
 
@@ -30,7 +31,10 @@ class Cache(Handle):
     def __init__(self, context: Context, profile: Profile, **params):
         struct, keep = to_c(CacheParams, CacheParams(**params))
         out = ffi.new('fkv_cache **')
-        context._check(lib.fkv_cache_create(context._pointer, profile._pointer, struct, out))
+        info = expect(Profile, profile).info
+        self._shape = info.n_kv_heads, info.head_dim
+        expect(Context, context)._check(
+            lib.fkv_cache_create(context._pointer, profile._pointer, struct, out))
         super().__init__(out[0], context)
         self.profile = profile
         # Sequences that became garbage while a call was running.
@@ -79,10 +83,10 @@ class Sequence:
         self._living = True
 
     def free(self) -> None:
-        """Frees the sequence and its memory. Freeing twice is allowed."""
-        if self._living:
+        """Frees the sequence and its memory. Freeing twice, or after the cache, is allowed."""
+        if self._living and not self.cache.closed:
             self.cache._check(lib.fkv_sequence_free(self.cache._pointer, self.id))
-            self._living = False
+        self._living = False
 
     def __enter__(self) -> 'Sequence':
         return self
@@ -123,8 +127,7 @@ class Sequence:
         """
         if count is None:
             count = max(len(self) - first, 0)
-        info = self.cache.profile.info
-        k = numpy.empty((count, info.n_kv_heads, info.head_dim), dtype)
+        k = numpy.empty((count, *self.cache._shape), dtype)
         v = numpy.empty_like(k)
         views = View(k, True), View(v, True)
         self.cache._check(lib.fkv_sequence_read(self.cache._pointer, self.id, layer, first, count,
@@ -139,7 +142,7 @@ class Plan(Handle):
 
     def __init__(self, cache: Cache):
         out = ffi.new('fkv_plan **')
-        cache._check(lib.fkv_plan_create(cache._pointer, out))
+        expect(Cache, cache)._check(lib.fkv_plan_create(cache._pointer, out))
         super().__init__(out[0], cache._context)
         self.cache = cache
         self._sequences: tuple = ()
@@ -154,11 +157,11 @@ class Plan(Handle):
         """
         sequences = tuple(sequences)
         count = len(sequences)
-        counts = [n_new] * count if isinstance(n_new, int) else list(n_new)
+        counts = [n_new] * count if isinstance(n_new, int) else _counts(n_new, count)
         if len(counts) != count:
             raise ValueError(f'n_new has {len(counts)} entries for {count} sequences')
         for sequence in sequences:
-            if sequence.cache is not self.cache:
+            if expect(Sequence, sequence).cache is not self.cache:
                 raise ValueError(f'{sequence!r} is not of this cache')
         if self.cache._garbage:
             self.cache._collect()
@@ -168,7 +171,7 @@ class Plan(Handle):
         batch.sequences = ids = ffi.new('fkv_sequence[]', [s.id for s in sequences])
         batch.n_new = new = ffi.new('int64_t[]', counts)
         if positions is not None:
-            given = numpy.ascontiguousarray(positions, numpy.int64)
+            given = int64_list(positions, 'positions')
             batch.positions = where = ffi.from_buffer('int64_t[]', given)
             batch.positions_count = len(where)
         self._check(lib.fkv_plan_update(self._pointer, batch))
@@ -216,6 +219,14 @@ class Plan(Handle):
         if status:
             raise self._failure(status)
         return out if lse is None else (out, lse)
+
+
+def _counts(n_new, count):
+    """The numbers of new tokens, from a sequence or from one number of another type than int."""
+    try:
+        return [operator.index(n_new)] * count
+    except TypeError:
+        return [operator.index(number) for number in n_new]
 
 
 def _outputs(q, q_view, out, lse):

@@ -6,8 +6,9 @@ from typing import Any, Sequence
 
 import numpy
 
-from ._convert import View, array_bytes, as_enum, ffi, from_c, lib, new_result, path_bytes, to_c
-from ._objects import Context, Handle, tensor_pointer
+from ._convert import (View, as_enum, ffi, from_c, lib, mask_bytes, new_result, path_bytes,
+                       text_bytes, to_c)
+from ._objects import Context, Handle, expect, tensor_pointer
 from ._types import (CalibratorParams, DType, FourierParams, ModelParams, Part, ProfileInfo, Stats)
 
 
@@ -24,7 +25,7 @@ class Profile(Handle):
         """Everything exactly, stored in `dtype`: 'f32', 'f16' or 'bf16'."""
         struct, keep = to_c(ModelParams, model)
         out = ffi.new('fkv_profile **')
-        context._check(lib.fkv_profile_create_exact(
+        expect(Context, context)._check(lib.fkv_profile_create_exact(
             context._pointer, struct, int(as_enum(DType, dtype)), out))
         return cls(out[0], context)
 
@@ -36,12 +37,12 @@ class Profile(Handle):
         k_mask, v_mask: [n_layers, Hk, D] of bool, True where a channel is compressed.
         """
         struct, keep = to_c(ModelParams, model)
-        fourier, keep_fourier = to_c(FourierParams, params)
+        fourier, keep_fourier = to_c(FourierParams, params or FourierParams())
         shape = (struct.n_layers, struct.n_kv_heads, struct.head_dim)
-        k = array_bytes(k_mask, numpy.uint8, shape, 'k_mask')
-        v = array_bytes(v_mask, numpy.uint8, shape, 'v_mask')
+        k = mask_bytes(k_mask, shape, 'k_mask')
+        v = mask_bytes(v_mask, shape, 'v_mask')
         out = ffi.new('fkv_profile **')
-        context._check(lib.fkv_profile_create_fourier(
+        expect(Context, context)._check(lib.fkv_profile_create_fourier(
             context._pointer, struct, fourier, ffi.from_buffer('uint8_t[]', k),
             ffi.from_buffer('uint8_t[]', v), k.nbytes, out))
         return cls(out[0], context)
@@ -54,26 +55,28 @@ class Profile(Handle):
         fraction: take only that leading share of each plain list.
         """
         struct, keep = to_c(ModelParams, model)
-        fourier, keep_fourier = to_c(FourierParams, params)
-        data = text.encode() if isinstance(text, str) else bytes(text)
+        fourier, keep_fourier = to_c(FourierParams, params or FourierParams())
+        data = text_bytes(text)
         out = ffi.new('fkv_profile **')
-        context._check(lib.fkv_profile_import_published(
+        expect(Context, context)._check(lib.fkv_profile_import_published(
             context._pointer, struct, fourier, data, len(data), fraction, out))
         return cls(out[0], context)
 
     @classmethod
     def loads(cls, context: Context, text: str | bytes) -> 'Profile':
         """From JSON text (docs/formats.md)."""
-        data = text.encode() if isinstance(text, str) else bytes(text)
+        data = text_bytes(text)
         out = ffi.new('fkv_profile **')
-        context._check(lib.fkv_profile_load(context._pointer, data, len(data), out))
+        expect(Context, context)._check(
+            lib.fkv_profile_load(context._pointer, data, len(data), out))
         return cls(out[0], context)
 
     @classmethod
     def load(cls, context: Context, path: Any) -> 'Profile':
         """From a JSON file."""
         out = ffi.new('fkv_profile **')
-        context._check(lib.fkv_profile_load_file(context._pointer, path_bytes(path), out))
+        expect(Context, context)._check(
+            lib.fkv_profile_load_file(context._pointer, path_bytes(path), out))
         return cls(out[0], context)
 
     def dumps(self) -> str:
@@ -127,7 +130,8 @@ class Calibrator(Handle):
         struct, keep = to_c(ModelParams, model)
         options, keep_options = to_c(CalibratorParams, CalibratorParams(**params))
         out = ffi.new('fkv_calibrator **')
-        context._check(lib.fkv_calibrator_create(context._pointer, struct, options, out))
+        expect(Context, context)._check(
+            lib.fkv_calibrator_create(context._pointer, struct, options, out))
         super().__init__(out[0], context)
         self._layers = struct.n_layers
         self._shape = (struct.n_kv_heads, struct.head_dim)

@@ -78,7 +78,7 @@ static uint64_t extent(const fkv_tensor *t, int64_t item) {
 }
 
 static int set_ndim(fkv_tensor *t, int ndim) {
-    if (ndim > FKV_MAX_NDIM) {
+    if (ndim < 0 || ndim > FKV_MAX_NDIM) {
         PyErr_Format(PyExc_ValueError, "the array has %d dimensions; at most %d can be described",
                      ndim, FKV_MAX_NDIM);
         return -1;
@@ -345,11 +345,15 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
 
 static void view_dealloc(View *self) {
     PyTypeObject *type = Py_TYPE(self);
+    PyObject *kind, *value, *trace;
+    /* A view that could not be made goes with an exception set; owners may run code of Python. */
+    PyErr_Fetch(&kind, &value, &trace);
     if (self->buffer.obj)
         PyBuffer_Release(&self->buffer);
     Py_XDECREF(self->capsule);
     if (self->managed && self->managed->deleter)
         self->managed->deleter(self->managed);
+    PyErr_Restore(kind, value, trace);
     type->tp_free(self);
     Py_DECREF(type);
 }
