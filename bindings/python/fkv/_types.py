@@ -421,7 +421,9 @@ class SequenceParams:
 @dataclasses.dataclass(frozen=True)
 class Stats:
     """Counted bytes and tokens of one sequence or of all of a cache. Bytes are those really
-    allocated. Tokens are of the sequence (not multiplied by layers). Since 0.1.
+    allocated: of a sequence all that it holds, whether or not others hold it too; of all
+    sequences each byte once. Tokens are of the sequence (not multiplied by layers), and of all
+    sequences the sum. Since 0.1.
     """
     _c: ClassVar[str] = 'fkv_stats'
     _kinds: ClassVar[dict] = {
@@ -436,6 +438,7 @@ class Stats:
         'bytes_tables': 'number',
         'dense_bytes': 'number',
         'ratio': 'number',
+        'bytes_shared': 'number',
     }
     sequences: int
     """Sequences counted."""
@@ -456,6 +459,10 @@ class Stats:
     bytes_tables: int
     """Means, gains, page tables, and (for all sequences) tables that sequences share."""
     dense_bytes: int
-    """What the same tokens take as dense f16: 4 * Hk * D * n_layers bytes each."""
+    """What the same tokens take as dense f16, unshared: 4 * Hk * D * n_layers bytes each."""
     ratio: float
     """dense_bytes / bytes; 0 while nothing is held."""
+    bytes_shared: int
+    """Of bytes, those that several sequences hold since a fork. Freeing the one sequence gives
+    back bytes - bytes_shared. For one sequence this looks at every page. Since 0.1.
+    """

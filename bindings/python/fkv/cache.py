@@ -88,6 +88,34 @@ class Sequence:
             self.cache._check(lib.fkv_sequence_free(self.cache._pointer, self.id))
         self._living = False
 
+    def fork(self) -> 'Sequence':
+        """A new sequence that holds what this one holds. Pages are shared until one writes to them."""
+        out = ffi.new('fkv_sequence *')
+        self.cache._check(lib.fkv_sequence_fork(self.cache._pointer, self.id, out))
+        return Sequence(self.cache, out[0])
+
+    def crop(self, tokens: int) -> None:
+        """Drops the newest tokens so that `tokens` are left.
+
+        Every length from crop_limit on is possible; of shorter ones those that crop_floor() names. Any
+        other raises StateError.
+        """
+        self.cache._check(lib.fkv_sequence_crop(self.cache._pointer, self.id, tokens))
+
+    @property
+    def crop_limit(self) -> int:
+        """The smallest length from which on crop() takes every one."""
+        limit = ffi.new('int64_t *')
+        self.cache._check(lib.fkv_sequence_crop_limit(self.cache._pointer, self.id, limit))
+        return limit[0]
+
+    def crop_floor(self, tokens: int) -> int:
+        """The greatest length, no more than `tokens`, that crop() takes."""
+        possible = ffi.new('int64_t *')
+        self.cache._check(lib.fkv_sequence_crop_floor(self.cache._pointer, self.id, tokens,
+                                                      possible))
+        return possible[0]
+
     def __enter__(self) -> 'Sequence':
         return self
 

@@ -258,7 +258,9 @@ class fkv_sequence_params(Structure):
 
 class fkv_stats(Structure):
     """Counted bytes and tokens of one sequence or of all of a cache. Bytes are those really
-    allocated. Tokens are of the sequence (not multiplied by layers). Since 0.1.
+    allocated: of a sequence all that it holds, whether or not others hold it too; of all
+    sequences each byte once. Tokens are of the sequence (not multiplied by layers), and of all
+    sequences the sum. Since 0.1.
     """
     _fields_ = [
         ('struct_size', c_uint32),
@@ -274,6 +276,7 @@ class fkv_stats(Structure):
         ('bytes_tables', c_uint64),
         ('dense_bytes', c_uint64),
         ('ratio', c_double),
+        ('bytes_shared', c_uint64),
     ]
 
 
@@ -339,6 +342,10 @@ PROTOTYPES = {
     'fkv_cache_destroy': (c_int32, [POINTER(fkv_cache)]),
     'fkv_sequence_create': (c_int32, [POINTER(fkv_cache), POINTER(fkv_sequence_params),
         POINTER(c_int64)]),
+    'fkv_sequence_fork': (c_int32, [POINTER(fkv_cache), c_int64, POINTER(c_int64)]),
+    'fkv_sequence_crop': (c_int32, [POINTER(fkv_cache), c_int64, c_int64]),
+    'fkv_sequence_crop_limit': (c_int32, [POINTER(fkv_cache), c_int64, POINTER(c_int64)]),
+    'fkv_sequence_crop_floor': (c_int32, [POINTER(fkv_cache), c_int64, c_int64, POINTER(c_int64)]),
     'fkv_sequence_free': (c_int32, [POINTER(fkv_cache), c_int64]),
     'fkv_sequence_length': (c_int32, [POINTER(fkv_cache), c_int64, POINTER(c_int64)]),
     'fkv_sequence_read': (c_int32, [POINTER(fkv_cache), c_int64, c_int32, c_int64, c_int64,

@@ -299,7 +299,9 @@ class fkv_sequence_params(ctypes.Structure):
 
 class fkv_stats(ctypes.Structure):
     """Counted bytes and tokens of one sequence or of all of a cache. Bytes are those really
-    allocated. Tokens are of the sequence (not multiplied by layers). Since 0.1.
+    allocated: of a sequence all that it holds, whether or not others hold it too; of all
+    sequences each byte once. Tokens are of the sequence (not multiplied by layers), and of all
+    sequences the sum. Since 0.1.
     """
     struct_size: int
     """sizeof(fkv_stats) as the caller compiled it; no more than this is written."""
@@ -324,9 +326,13 @@ class fkv_stats(ctypes.Structure):
     bytes_tables: int
     """Means, gains, page tables, and (for all sequences) tables that sequences share."""
     dense_bytes: int
-    """What the same tokens take as dense f16: 4 * Hk * D * n_layers bytes each."""
+    """What the same tokens take as dense f16, unshared: 4 * Hk * D * n_layers bytes each."""
     ratio: float
     """dense_bytes / bytes; 0 while nothing is held."""
+    bytes_shared: int
+    """Of bytes, those that several sequences hold since a fork. Freeing the one sequence gives
+    back bytes - bytes_shared. For one sequence this looks at every page. Since 0.1.
+    """
 
 
 class fkv_batch(ctypes.Structure):
@@ -510,8 +516,52 @@ class Library(ctypes.CDLL):
         BUSY.
         """
         ...
+    def fkv_sequence_fork(self, cache: Any, sequence: int, out: Any) -> int:
+        """Makes a sequence that holds what `sequence` holds. *out is a sequence like any other:
+        from now on the two know nothing of each other and are freed in any order. No keys or
+        values are copied, whatever the length, only pointers to pages of 64 tokens; pages and
+        coded tokens stay shared until the last that holds them goes. A copy is made of what one
+        of them writes to while another holds it: the last page at its next append, and the
+        Fourier segment under way when it next codes (never, if it ends before that). Plans stay
+        valid. Errors: HANDLE, INVALID, STATE (unequal layers), NOMEM, LIMIT, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_sequence_crop(self, cache: Any, sequence: int, tokens: int) -> int:
+        """Drops the newest tokens so that `tokens` are left, of every layer: also those that a step stored in some
+        layers and not in others. What is left is what was held of it before, bit for bit. 0 empties the
+        sequence, always. Tokens held exactly can be dropped one by one, coded ones only together with all that
+        they were coded with. So these lengths are possible:
+            from fkv_sequence_crop_limit() on, every one;
+            up to the number of sinks, every one;
+            between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded
+            down). What remains coded then stays so, with no local window behind it until tokens are appended.
+        Any other is STATE, the message names the smallest length of the first kind and the nearest below.
+
+        To take back draft tokens, append them and crop: right after an append, the last n_local
+        tokens can always be taken back. The rest is held as if they had never been, bit for
+        bit, unless a tile was coded because of them: it then stays coded, though its newest
+        token is younger than n_local tokens. Where even that must not be, append drafts to a
+        fork.
+
+        Nothing is allocated. Page tables keep their size unless `tokens` is 0. Plans that have
+        the sequence are outdated, unless it had that length already. Errors: HANDLE, INVALID
+        (negative, or more than fkv_sequence_length()), STATE, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_sequence_crop_limit(self, cache: Any, sequence: int, limit: Any) -> int:
+        """*limit gets the smallest length from which on fkv_sequence_crop() takes every one: the
+        end of the coded tokens, 0 if there are none. After a step that not all layers have had
+        it can be more than fkv_sequence_length(). Errors: HANDLE, INVALID, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_sequence_crop_floor(self, cache: Any, sequence: int, tokens: int, possible: Any) -> int:
+        """*possible gets the greatest length, no more than `tokens`, that fkv_sequence_crop()
+        takes. To go back to any length: crop to this one, then append again what lies between.
+        Errors: HANDLE, INVALID (as for fkv_sequence_crop()), BUSY. Since 0.1.
+        """
+        ...
     def fkv_sequence_free(self, cache: Any, sequence: int) -> int:
-        """Frees a sequence and its memory. Errors: HANDLE, BUSY. Since 0.1."""
+        """Frees a sequence, and the memory that no other holds. Errors: HANDLE, BUSY. Since 0.1."""
         ...
     def fkv_sequence_length(self, cache: Any, sequence: int, tokens: Any) -> int:
         """Number of tokens that every layer holds (between two steps all layers hold the same).
@@ -533,8 +583,8 @@ class Library(ctypes.CDLL):
         ...
     def fkv_profile_estimate(self, profile: Any, tokens: int, period: int, stats: Any) -> int:
         """What fkv_cache_stats() will say of a cache with one sequence of `tokens` tokens and the
-        given period (0: the profile's), without allocating. Errors: HANDLE, INVALID, LIMIT.
-        Since 0.1.
+        given period (0: the profile's) that was never cropped, without allocating. Errors:
+        HANDLE, INVALID, LIMIT. Since 0.1.
         """
         ...
     def fkv_batch_init(self, batch: Any, struct_size: int) -> int:

@@ -2183,8 +2183,9 @@ fn bindgen_test_layout_fkv_sequence_params() {
     }
     test_field_period();
 }
-#[doc = " Counted bytes and tokens of one sequence or of all of a cache. Bytes are those really allocated."]
-#[doc = " Tokens are of the sequence (not multiplied by layers). Since 0.1."]
+#[doc = " Counted bytes and tokens of one sequence or of all of a cache. Bytes are those really allocated: of a"]
+#[doc = " sequence all that it holds, whether or not others hold it too; of all sequences each byte once. Tokens"]
+#[doc = " are of the sequence (not multiplied by layers), and of all sequences the sum. Since 0.1."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct fkv_stats {
@@ -2210,16 +2211,19 @@ pub struct fkv_stats {
     pub bytes_coefficients: u64,
     #[doc = " Means, gains, page tables, and (for all sequences) tables that sequences share."]
     pub bytes_tables: u64,
-    #[doc = " What the same tokens take as dense f16: 4 * Hk * D * n_layers bytes each."]
+    #[doc = " What the same tokens take as dense f16, unshared: 4 * Hk * D * n_layers bytes each."]
     pub dense_bytes: u64,
     #[doc = " dense_bytes / bytes; 0 while nothing is held."]
     pub ratio: f64,
+    #[doc = " Of bytes, those that several sequences hold since a fork. Freeing the one sequence gives back"]
+    #[doc = " bytes - bytes_shared. For one sequence this looks at every page. Since 0.1."]
+    pub bytes_shared: u64,
 }
 #[test]
 fn bindgen_test_layout_fkv_stats() {
     assert_eq!(
         ::core::mem::size_of::<fkv_stats>(),
-        96usize,
+        104usize,
         concat!("Size of: ", stringify!(fkv_stats))
     );
     assert_eq!(
@@ -2448,6 +2452,23 @@ fn bindgen_test_layout_fkv_stats() {
         );
     }
     test_field_ratio();
+    fn test_field_bytes_shared() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_stats>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).bytes_shared) as usize - ptr as usize
+            },
+            96usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_stats),
+                "::",
+                stringify!(bytes_shared)
+            )
+        );
+    }
+    test_field_bytes_shared();
 }
 extern "C" {
     #[doc = " Fills *params with the defaults. Errors: INVALID."]
@@ -2483,7 +2504,66 @@ extern "C" {
     ) -> fkv_status;
 }
 extern "C" {
-    #[doc = " Frees a sequence and its memory. Errors: HANDLE, BUSY. Since 0.1."]
+    #[doc = " Makes a sequence that holds what `sequence` holds. *out is a sequence like any other: from now on the"]
+    #[doc = " two know nothing of each other and are freed in any order. No keys or values are copied, whatever the"]
+    #[doc = " length, only pointers to pages of 64 tokens; pages and coded tokens stay shared until the last that"]
+    #[doc = " holds them goes. A copy is made of what one of them writes to while another holds it: the last page at"]
+    #[doc = " its next append, and the Fourier segment under way when it next codes (never, if it ends before that)."]
+    #[doc = " Plans stay valid. Errors: HANDLE, INVALID, STATE (unequal layers), NOMEM, LIMIT, BUSY. Since 0.1."]
+    pub fn fkv_sequence_fork(
+        cache: *mut fkv_cache,
+        sequence: fkv_sequence,
+        out: *mut fkv_sequence,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Drops the newest tokens so that `tokens` are left, of every layer: also those that a step stored in some"]
+    #[doc = " layers and not in others. What is left is what was held of it before, bit for bit. 0 empties the"]
+    #[doc = " sequence, always. Tokens held exactly can be dropped one by one, coded ones only together with all that"]
+    #[doc = " they were coded with. So these lengths are possible:"]
+    #[doc = "     from fkv_sequence_crop_limit() on, every one;"]
+    #[doc = "     up to the number of sinks, every one;"]
+    #[doc = "     between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded"]
+    #[doc = "     down). What remains coded then stays so, with no local window behind it until tokens are appended."]
+    #[doc = " Any other is STATE, the message names the smallest length of the first kind and the nearest below."]
+    #[doc = ""]
+    #[doc = " To take back draft tokens, append them and crop: right after an append, the last n_local tokens can"]
+    #[doc = " always be taken back. The rest is held as if they had never been, bit for bit, unless a tile was coded"]
+    #[doc = " because of them: it then stays coded, though its newest token is younger than n_local tokens. Where even"]
+    #[doc = " that must not be, append drafts to a fork."]
+    #[doc = ""]
+    #[doc = " Nothing is allocated. Page tables keep their size unless `tokens` is 0. Plans that have the sequence are"]
+    #[doc = " outdated, unless it had that length already."]
+    #[doc = " Errors: HANDLE, INVALID (negative, or more than fkv_sequence_length()), STATE, BUSY. Since 0.1."]
+    pub fn fkv_sequence_crop(
+        cache: *mut fkv_cache,
+        sequence: fkv_sequence,
+        tokens: i64,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " *limit gets the smallest length from which on fkv_sequence_crop() takes every one: the end of the coded"]
+    #[doc = " tokens, 0 if there are none. After a step that not all layers have had it can be more than"]
+    #[doc = " fkv_sequence_length(). Errors: HANDLE, INVALID, BUSY. Since 0.1."]
+    pub fn fkv_sequence_crop_limit(
+        cache: *mut fkv_cache,
+        sequence: fkv_sequence,
+        limit: *mut i64,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " *possible gets the greatest length, no more than `tokens`, that fkv_sequence_crop() takes. To go back to"]
+    #[doc = " any length: crop to this one, then append again what lies between."]
+    #[doc = " Errors: HANDLE, INVALID (as for fkv_sequence_crop()), BUSY. Since 0.1."]
+    pub fn fkv_sequence_crop_floor(
+        cache: *mut fkv_cache,
+        sequence: fkv_sequence,
+        tokens: i64,
+        possible: *mut i64,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Frees a sequence, and the memory that no other holds. Errors: HANDLE, BUSY. Since 0.1."]
     pub fn fkv_sequence_free(cache: *mut fkv_cache, sequence: fkv_sequence) -> fkv_status;
 }
 extern "C" {
@@ -2521,7 +2601,7 @@ extern "C" {
 }
 extern "C" {
     #[doc = " What fkv_cache_stats() will say of a cache with one sequence of `tokens` tokens and the given period"]
-    #[doc = " (0: the profile's), without allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1."]
+    #[doc = " (0: the profile's) that was never cropped, without allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1."]
     pub fn fkv_profile_estimate(
         profile: *mut fkv_profile,
         tokens: i64,

@@ -109,6 +109,7 @@ fn facts() -> Facts {
         fkv_stats {
             struct_size reserved sequences tokens tokens_exact tokens_coded bytes bytes_exact bytes_kept
             bytes_coefficients bytes_tables dense_bytes ratio
+            bytes_shared
         }
         fkv_batch { struct_size count sequences n_new positions positions_count }
     }

@@ -71,6 +71,8 @@ pub struct Stats {
     pub dense_bytes: u64,
     /// dense_bytes / bytes; 0 while nothing is held.
     pub ratio: f64,
+    /// Of bytes, those that several sequences hold since a fork.
+    pub bytes_shared: u64,
 }
 
 impl Stats {
@@ -87,6 +89,7 @@ impl Stats {
             bytes_tables: raw.bytes_tables,
             dense_bytes: raw.dense_bytes,
             ratio: raw.ratio,
+            bytes_shared: raw.bytes_shared,
         }
     }
 }
@@ -201,6 +204,56 @@ impl Cache {
         // SAFETY: a living handle; the library checks the id.
         let status = unsafe { sys::fkv_sequence_free(self.as_raw(), sequence.id) };
         self.context.check(status)
+    }
+
+    /// A new sequence that holds what `sequence` holds; pages are shared until one of the two writes to
+    /// them. Errors: Handle (of another cache), State (layers of unequal length), NoMemory, Limit.
+    pub fn fork_sequence(&mut self, sequence: &Sequence) -> Result<Sequence> {
+        self.owns(sequence)?;
+        let mut id = 0;
+        // SAFETY: a living handle; the library checks the id.
+        let status = unsafe { sys::fkv_sequence_fork(self.as_raw(), sequence.id, &mut id) };
+        self.context.check(status)?;
+        Ok(Sequence {
+            id,
+            cache: self.id(),
+        })
+    }
+
+    /// Drops the newest tokens so that `tokens` are left: any length from [`Cache::crop_limit`] on, and
+    /// of shorter ones those that [`Cache::crop_floor`] names.
+    /// Errors: Handle (of another cache), Invalid (more than there are), State (another length).
+    pub fn crop_sequence(&mut self, sequence: &Sequence, tokens: usize) -> Result<()> {
+        self.owns(sequence)?;
+        let tokens = int64("tokens", tokens)?;
+        // SAFETY: a living handle; the library checks the id.
+        let status = unsafe { sys::fkv_sequence_crop(self.as_raw(), sequence.id, tokens) };
+        self.context.check(status)
+    }
+
+    /// The smallest length from which on [`Cache::crop_sequence`] takes every one.
+    /// Errors: Handle (of another cache).
+    pub fn crop_limit(&self, sequence: &Sequence) -> Result<usize> {
+        self.owns(sequence)?;
+        let mut limit = 0;
+        // SAFETY: a living handle; the library checks the id.
+        let status =
+            unsafe { sys::fkv_sequence_crop_limit(self.as_raw(), sequence.id, &mut limit) };
+        self.context.check(status)?;
+        Ok(count(limit))
+    }
+
+    /// The greatest length, no more than `tokens`, that [`Cache::crop_sequence`] takes.
+    /// Errors: Handle (of another cache), Invalid (more than there are).
+    pub fn crop_floor(&self, sequence: &Sequence, tokens: usize) -> Result<usize> {
+        self.owns(sequence)?;
+        let (tokens, mut possible) = (int64("tokens", tokens)?, 0);
+        // SAFETY: a living handle; the library checks the id.
+        let status = unsafe {
+            sys::fkv_sequence_crop_floor(self.as_raw(), sequence.id, tokens, &mut possible)
+        };
+        self.context.check(status)?;
+        Ok(count(possible))
     }
 
     /// Number of tokens that every layer holds. Errors: Handle (of another cache).
