@@ -56,9 +56,7 @@ case ${1:-} in
 crates)
     if [ -n "${FKV_PRELOAD:-}" ]; then
         # cargo starts test programs through a runner, but only newer ones do so with doc tests: they are
-        # left out. Rust's test harness keeps blocks for good, which would be taken for leaks.
-        ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0
-        export ASAN_OPTIONS
+        # left out.
         target=$("${RUSTC:-rustc}" -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
         export "CARGO_TARGET_${target}_RUNNER=env LD_PRELOAD=$FKV_PRELOAD"
         exec "$cargo" test --offline --locked --no-fail-fast --all-targets
