@@ -139,10 +139,8 @@ def int64_list(values: Any, name: str) -> numpy.ndarray:
     array = numpy.asarray(values)
     if array.ndim != 1:
         raise ValueError(f'{name} has {array.ndim} dimensions, expected 1')
-    if array.size and array.dtype.kind == 'O':  # too large for any type of numpy, or no numbers
+    if array.size and array.dtype.kind not in 'iu':  # no integers, or some too large for numpy
         return numpy.array([operator.index(value) for value in values], numpy.int64)
-    if array.size and array.dtype.kind not in 'iu':
-        raise TypeError(f'{name} must be integers, not {array.dtype}')
     if array.dtype.kind == 'u' and array.size and array.max() > numpy.iinfo(numpy.int64).max:
         raise OverflowError(f'{name}: an entry is too large')
     return numpy.ascontiguousarray(array, numpy.int64)

@@ -129,9 +129,12 @@ static int fill_from_buffer(View *self, PyObject *object, fkv_dtype dtype) {
     if (set_buffer_dtype(self, dtype) < 0 || set_ndim(t, b->ndim) < 0)
         return -1;
     t->data = b->buf;
-    for (int i = 0; i < b->ndim; i++) {
+    int64_t dense = b->itemsize;
+    for (int i = b->ndim - 1; i >= 0; i--) {
         t->shape[i] = b->shape[i];
-        t->strides[i] = b->strides[i];
+        /* ctypes leaves them out although they were asked for. */
+        t->strides[i] = b->strides ? b->strides[i] : dense;
+        dense *= b->shape[i];
     }
     t->byte_length = extent(t, b->itemsize);
     return 0;
