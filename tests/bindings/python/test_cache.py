@@ -272,10 +272,10 @@ def test_plan_before_update(cache, random):
 
 
 @pytest.mark.parametrize('counts, kind, text', [
-    ([1, 2], ValueError, 'entries'), ([], ValueError, 'entries'), ([1.5], TypeError, ''),
-    ([numpy.float32(1.5)], TypeError, ''), (1.0, TypeError, ''), ('1', TypeError, ''),
-    (None, TypeError, ''), (-1, fkv.InvalidError, 'negative'), (2**62, fkv.LimitError, ''),
-    (2**63, OverflowError, ''), ([2**70], OverflowError, ''),
+    ([1, 2], ValueError, 'entries'), ([], ValueError, 'entries'), ([1.5], TypeError, None),
+    ([numpy.float32(1.5)], TypeError, None), (1.0, TypeError, None), ('1', TypeError, None),
+    (None, TypeError, None), (-1, fkv.InvalidError, 'negative'), (2**62, fkv.LimitError, None),
+    (2**63, OverflowError, None), ([2**70], OverflowError, None),
 ])
 def test_wrong_counts(cache, counts, kind, text):
     with pytest.raises(kind, match=text):
