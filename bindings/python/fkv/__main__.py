@@ -141,7 +141,7 @@ def main(arguments=None) -> int:
     args = make_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (fkv.Error, OSError, ValueError, ImportError) as error:
+    except (fkv.Error, OSError, ValueError, OverflowError, ImportError) as error:
         print(f'fkv: {error}', file=sys.stderr)
         return 1
     return 0

@@ -47,13 +47,28 @@ def model_params(source: Any, model_id: str | None = None) -> ModelParams:
             raise ValueError(f'{source} is neither a file nor a known model; known are: '
                              + ', '.join(PRESETS))
         with open(path, encoding='utf-8') as file:
-            return _from_config(json.load(file), model_id or path.resolve().parent.name)
+            try:
+                config = json.load(file)
+            except ValueError as error:
+                raise ValueError(f'{path}: {error}') from None
+        if not isinstance(config, dict):
+            raise ValueError(f'{path} has no configuration: it is no JSON object')
+        return _from_config(config, model_id or path.resolve().parent.name)
     if hasattr(source, 'to_dict'):
         source = source.to_dict()
+    if not isinstance(source, dict):
+        raise TypeError(f'expected a name, a path or a configuration, not {type(source).__name__}')
     return _from_config(source, model_id)
 
 
 def _from_config(config: dict, model_id: str | None) -> ModelParams:
+    try:
+        return _geometry(config, model_id)
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f'the configuration is malformed: {error}') from None
+
+
+def _geometry(config: dict, model_id: str | None) -> ModelParams:
     try:
         heads = config['num_attention_heads']
         head_dim = config.get('head_dim') or config['hidden_size'] // heads
@@ -124,9 +139,15 @@ def _yarn(base, rope, theta, original):
     for j, f in enumerate(base):
         slowed = min(max((j - low) / width, 0.0), 1.0)
         scaled.append(slowed * f / factor + (1 - slowed) * f)
+
+    def magnitude(share):
+        return 0.1 * share * math.log(factor) + 1.0 if factor > 1 else 1.0
+
     attention = rope.get('attention_factor')
     if attention is None:
-        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        some, all_dim = rope.get('mscale'), rope.get('mscale_all_dim')
+        both = some and all_dim
+        attention = magnitude(some) / magnitude(all_dim) if both else magnitude(1.0)
     return scaled, float(attention)
 
 
