@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every function of the header is called by the package, and every part of the package is tested."""
+"""Every function of the header is called by the package, every method of the package is tested."""
 import pathlib
 import re
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DLPack: what is asked of a producer, what is made of its answer, and that memory is given back once."""
+"""DLPack: what a producer is asked, what becomes of its answer; memory is given back once."""
 import ctypes
 import gc
 
