@@ -221,7 +221,8 @@ fkv_status fkv_cache_stats(fkv_cache *cache, fkv_sequence sequence, fkv_stats *s
         status = find(c, sequence, &seq);
     if (status == FKV_OK) {
         fkv_cache_count(c, seq, &own);
-        status = fkv_params_write(c->ctx, "stats", stats, sizeof own, &own, sizeof own);
+        status = fkv_params_write(c->ctx, "stats", stats, offsetof(fkv_stats, bytes_blocks), &own,
+                                  sizeof own);
     }
     return leave(cache, c, false, status);
 }
@@ -244,7 +245,8 @@ fkv_status fkv_profile_estimate(fkv_profile *profile, int64_t tokens, int64_t pe
     if (status == FKV_OK)
         status = fkv_profile_predict(p, tokens, period, &own);
     if (status == FKV_OK)
-        status = fkv_params_write(p->ctx, "stats", stats, sizeof own, &own, sizeof own);
+        status = fkv_params_write(p->ctx, "stats", stats, offsetof(fkv_stats, bytes_blocks), &own,
+                                  sizeof own);
     fkv_handle_release(profile);
     return status;
 }

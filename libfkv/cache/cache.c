@@ -92,8 +92,10 @@ static void fill_layouts(struct fkv_cache_object *cache) {
 
 fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile,
                          const fkv_cache_params *params, struct fkv_cache_object **out) {
-    struct fkv_cache_object *cache = fkv_heap_calloc(&ctx->heap, sizeof *cache);
     *out = NULL;
+    if (profile->coding == FKV_CODING_CALIBRATED)
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "caches of calibrated profiles");
+    struct fkv_cache_object *cache = fkv_heap_calloc(&ctx->heap, sizeof *cache);
     if (!cache)
         return fkv_fail_memory(ctx, sizeof *cache, "cache");
     cache->refs = 1;
