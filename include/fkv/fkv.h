@@ -40,8 +40,9 @@
  *       that destroying a cache frees all its data at once and leaves its plans unusable.
  *   Threads. Different handles may be used from different threads freely. A context and a profile may
  *       be shared by any number of threads. One plan serves one thread at a time (else FKV_ERR_BUSY).
- *       On one cache attends of different plans may run at the same time; append, sequence creation
- *       and freeing are writers: a writer beside anything else gives FKV_ERR_BUSY, never a race.
+ *       On one cache attends of different plans may run at the same time; append, and creating, forking,
+ *       cropping and freeing sequences, are writers: a writer beside anything else gives FKV_ERR_BUSY,
+ *       never a race.
  *   Numbers. Same build, same instruction set, same inputs: same bits, for any number of threads, any
  *       batch and any split of the appends (docs/numerics.md).
  */
@@ -753,8 +754,9 @@ typedef struct fkv_sequence_params {
 } fkv_sequence_params;
 
 /**
- * Counted bytes and tokens of one sequence or of all of a cache. Bytes are those really allocated.
- * Tokens are of the sequence (not multiplied by layers). Since 0.1.
+ * Counted bytes and tokens of one sequence or of all of a cache. Bytes are those really allocated: of a
+ * sequence all that it holds, whether or not others hold it too; of all sequences each byte once. Tokens
+ * are of the sequence (not multiplied by layers), and of all sequences the sum. Since 0.1.
  */
 typedef struct fkv_stats {
     /** sizeof(fkv_stats) as the caller compiled it; no more than this is written. */
@@ -779,10 +781,15 @@ typedef struct fkv_stats {
     uint64_t bytes_coefficients;
     /** Means, gains, page tables, and (for all sequences) tables that sequences share. */
     uint64_t bytes_tables;
-    /** What the same tokens take as dense f16: 4 * Hk * D * n_layers bytes each. */
+    /** What the same tokens take as dense f16, unshared: 4 * Hk * D * n_layers bytes each. */
     uint64_t dense_bytes;
     /** dense_bytes / bytes; 0 while nothing is held. */
     double ratio;
+    /**
+     * Of bytes, those that several sequences hold since a fork. Freeing the one sequence gives back
+     * bytes - bytes_shared. For one sequence this looks at every page. Since 0.1.
+     */
+    uint64_t bytes_shared;
     /** Calibrated: residuals and exact channels of sealed blocks. */
     uint64_t bytes_blocks;
     /** Calibrated: scales and zero points of sealed blocks. */
@@ -804,7 +811,50 @@ FKV_API fkv_status fkv_cache_destroy(fkv_cache *cache);
 /** Makes an empty sequence. `params` may be NULL. Errors: HANDLE, INVALID, NOMEM, LIMIT, BUSY. */
 FKV_API fkv_status fkv_sequence_create(fkv_cache *cache, const fkv_sequence_params *params,
                                        fkv_sequence *out);
-/** Frees a sequence and its memory. Errors: HANDLE, BUSY. Since 0.1. */
+/**
+ * Makes a sequence that holds what `sequence` holds. *out is a sequence like any other: from now on the
+ * two know nothing of each other and are freed in any order. No keys or values are copied, whatever the
+ * length, only pointers to pages of 64 tokens; pages and coded tokens stay shared until the last that
+ * holds them goes. A copy is made of what one of them writes to while another holds it: the last page at
+ * its next append, and the Fourier segment under way when it next codes (never, if it ends before that).
+ * Plans stay valid. Errors: HANDLE, INVALID, STATE (unequal layers), NOMEM, LIMIT, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_sequence_fork(fkv_cache *cache, fkv_sequence sequence, fkv_sequence *out);
+/**
+ * Drops the newest tokens so that `tokens` are left, of every layer: also those that a step stored in some
+ * layers and not in others. What is left is what was held of it before, bit for bit. 0 empties the
+ * sequence, always. Tokens held exactly can be dropped one by one, coded ones only together with all that
+ * they were coded with. So these lengths are possible:
+ *     from fkv_sequence_crop_limit() on, every one;
+ *     up to the number of sinks, every one;
+ *     between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded
+ *     down). What remains coded then stays so, with no local window behind it until tokens are appended.
+ * Any other is STATE, the message names the smallest length of the first kind and the nearest below.
+ *
+ * To take back draft tokens, append them and crop. The last n_local tokens can always be taken back. The
+ * rest is held as if they had never been, unless a tile was coded because of them: that tile, of tokens
+ * that were going to leave the window within as many tokens, then stays coded. Where even that must not be,
+ * append drafts to a fork.
+ *
+ * Nothing is allocated. Page tables keep their size unless `tokens` is 0. Plans that have the sequence are
+ * outdated, unless it had that length already.
+ * Errors: HANDLE, INVALID (negative, or more than fkv_sequence_length()), STATE, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_sequence_crop(fkv_cache *cache, fkv_sequence sequence, int64_t tokens);
+/**
+ * *limit gets the smallest length from which on fkv_sequence_crop() takes every one: the end of the coded
+ * tokens, 0 if there are none. After a step that not all layers have had it can be more than
+ * fkv_sequence_length(). Errors: HANDLE, INVALID, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_sequence_crop_limit(fkv_cache *cache, fkv_sequence sequence, int64_t *limit);
+/**
+ * *possible gets the greatest length, no more than `tokens`, that fkv_sequence_crop() takes. To go back to
+ * any length: crop to this one, then append again what lies between.
+ * Errors: HANDLE, INVALID (as for fkv_sequence_crop()), BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_sequence_crop_floor(fkv_cache *cache, fkv_sequence sequence, int64_t tokens,
+                                           int64_t *possible);
+/** Frees a sequence, and the memory that no other holds. Errors: HANDLE, BUSY. Since 0.1. */
 FKV_API fkv_status fkv_sequence_free(fkv_cache *cache, fkv_sequence sequence);
 /**
  * Number of tokens that every layer holds (between two steps all layers hold the same).
@@ -827,7 +877,7 @@ FKV_API fkv_status fkv_sequence_read(fkv_cache *cache, fkv_sequence sequence, in
 FKV_API fkv_status fkv_cache_stats(fkv_cache *cache, fkv_sequence sequence, fkv_stats *stats);
 /**
  * What fkv_cache_stats() will say of a cache with one sequence of `tokens` tokens and the given period
- * (0: the profile's), without allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1.
+ * (0: the profile's) that was never cropped, without allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1.
  */
 FKV_API fkv_status fkv_profile_estimate(fkv_profile *profile, int64_t tokens, int64_t period,
                                         fkv_stats *stats);

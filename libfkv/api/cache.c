@@ -97,6 +97,9 @@ static fkv_status leave(fkv_cache *handle, struct fkv_cache_object *cache, bool 
     return status;
 }
 
+/* Size of fkv_stats in the first release. */
+#define FIRST_STATS offsetof(fkv_stats, bytes_shared)
+
 static fkv_status find(struct fkv_cache_object *cache, fkv_sequence id, struct fkv_seq **seq) {
     *seq = fkv_seq_find(cache, id);
     if (*seq)
@@ -148,6 +151,102 @@ fkv_status fkv_sequence_free(fkv_cache *cache, fkv_sequence sequence) {
     if (status == FKV_OK)
         fkv_seq_delete(c, seq);
     return leave(cache, c, true, status);
+}
+
+fkv_status fkv_sequence_fork(fkv_cache *cache, fkv_sequence sequence, fkv_sequence *out) {
+    struct fkv_cache_object *c;
+    struct fkv_seq *seq;
+    bool equal;
+    int64_t id;
+    fkv_status status = enter(cache, true, &c);
+    if (status != FKV_OK)
+        return status;
+    status = find(c, sequence, &seq);
+    if (status == FKV_OK && !out)
+        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "out is NULL");
+    if (status == FKV_OK) {
+        int64_t tokens = fkv_seq_tokens(c, seq, &equal);
+        if (!equal)
+            status = fkv_fail(c->ctx, FKV_ERR_STATE,
+                              "the layers of sequence %lld hold unequal numbers of tokens (the "
+                              "least is %lld): finish the step, or crop",
+                              (long long)sequence, (long long)tokens);
+    }
+    if (status == FKV_OK)
+        status = fkv_seq_fork(c, seq, &id);
+    if (status == FKV_OK)
+        *out = id;
+    return leave(cache, c, true, status);
+}
+
+/* A length that crops are asked for. */
+static fkv_status check_length(struct fkv_cache_object *cache, const struct fkv_seq *seq,
+                               int64_t tokens) {
+    bool equal;
+    const int64_t held = fkv_seq_tokens(cache, seq, &equal);
+    if (tokens < 0 || tokens > held)
+        return fkv_fail(cache->ctx, FKV_ERR_INVALID, "tokens is %lld, not in 0..%lld",
+                        (long long)tokens, (long long)held);
+    return FKV_OK;
+}
+
+static fkv_status crop(struct fkv_cache_object *c, struct fkv_seq *seq, int64_t tokens) {
+    fkv_status status = check_length(c, seq, tokens);
+    if (status != FKV_OK)
+        return status;
+    const int64_t below = fkv_seq_crop_floor(c, seq, tokens);
+    if (below != tokens)
+        return fkv_fail(c->ctx, FKV_ERR_STATE,
+                        "%lld tokens would end within coded ones: the smallest length that can be "
+                        "cropped to is %lld, the nearest below %lld",
+                        (long long)tokens, (long long)fkv_seq_crop_limit(c, seq), (long long)below);
+    bool equal;
+    if (tokens != fkv_seq_tokens(c, seq, &equal) || !equal)
+        fkv_seq_crop(c, seq, tokens);
+    return FKV_OK;
+}
+
+fkv_status fkv_sequence_crop(fkv_cache *cache, fkv_sequence sequence, int64_t tokens) {
+    struct fkv_cache_object *c;
+    struct fkv_seq *seq;
+    fkv_status status = enter(cache, true, &c);
+    if (status != FKV_OK)
+        return status;
+    status = find(c, sequence, &seq);
+    if (status == FKV_OK)
+        status = crop(c, seq, tokens);
+    return leave(cache, c, true, status);
+}
+
+fkv_status fkv_sequence_crop_limit(fkv_cache *cache, fkv_sequence sequence, int64_t *limit) {
+    struct fkv_cache_object *c;
+    struct fkv_seq *seq;
+    fkv_status status = enter(cache, false, &c);
+    if (status != FKV_OK)
+        return status;
+    status = find(c, sequence, &seq);
+    if (status == FKV_OK && !limit)
+        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "limit is NULL");
+    if (status == FKV_OK)
+        *limit = fkv_seq_crop_limit(c, seq);
+    return leave(cache, c, false, status);
+}
+
+fkv_status fkv_sequence_crop_floor(fkv_cache *cache, fkv_sequence sequence, int64_t tokens,
+                                   int64_t *possible) {
+    struct fkv_cache_object *c;
+    struct fkv_seq *seq;
+    fkv_status status = enter(cache, false, &c);
+    if (status != FKV_OK)
+        return status;
+    status = find(c, sequence, &seq);
+    if (status == FKV_OK && !possible)
+        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "possible is NULL");
+    if (status == FKV_OK)
+        status = check_length(c, seq, tokens);
+    if (status == FKV_OK)
+        *possible = fkv_seq_crop_floor(c, seq, tokens);
+    return leave(cache, c, false, status);
 }
 
 fkv_status fkv_sequence_length(fkv_cache *cache, fkv_sequence sequence, int64_t *tokens) {
@@ -221,8 +320,7 @@ fkv_status fkv_cache_stats(fkv_cache *cache, fkv_sequence sequence, fkv_stats *s
         status = find(c, sequence, &seq);
     if (status == FKV_OK) {
         fkv_cache_count(c, seq, &own);
-        status = fkv_params_write(c->ctx, "stats", stats, offsetof(fkv_stats, bytes_blocks), &own,
-                                  sizeof own);
+        status = fkv_params_write(c->ctx, "stats", stats, FIRST_STATS, &own, sizeof own);
     }
     return leave(cache, c, false, status);
 }
@@ -245,8 +343,7 @@ fkv_status fkv_profile_estimate(fkv_profile *profile, int64_t tokens, int64_t pe
     if (status == FKV_OK)
         status = fkv_profile_predict(p, tokens, period, &own);
     if (status == FKV_OK)
-        status = fkv_params_write(p->ctx, "stats", stats, offsetof(fkv_stats, bytes_blocks), &own,
-                                  sizeof own);
+        status = fkv_params_write(p->ctx, "stats", stats, FIRST_STATS, &own, sizeof own);
     fkv_handle_release(profile);
     return status;
 }

@@ -176,7 +176,7 @@ static void begin_segments(const struct job *job, const struct unit *u, float *s
     float *transform = scaled + FKV_UNIT_ROWS * MAX_D;
     for (int64_t i = 0; i < l->n_segments; i++) {
         for (int h = 0; h < u->n_heads; h++)
-            contract_head(job, u, &l->segments[i], h, a + (ptrdiff_t)h * u->rows * sp->stride,
+            contract_head(job, u, l->segments[i], h, a + (ptrdiff_t)h * u->rows * sp->stride,
                           scaled);
         float *grid = u->grid + segment_grid(u, i);
         for (int r = 0; r < u->n_heads * u->rows; r += FKV_FFT_LANES)
@@ -440,7 +440,7 @@ static void end_segments(const struct job *job, const struct unit *u, float *scr
                                    sums + (ptrdiff_t)r * sp->stride, sp->stride, lanes_from(u, r),
                                    transform);
         for (int h = 0; h < u->n_heads; h++)
-            expand_head(job, u, &l->segments[i], h, sums + (ptrdiff_t)h * u->rows * sp->stride, o);
+            expand_head(job, u, l->segments[i], h, sums + (ptrdiff_t)h * u->rows * sp->stride, o);
     }
 }
 

@@ -70,6 +70,7 @@ static fkv_status check_row(struct fkv_plan_object *plan, const fkv_batch *batch
         return fkv_fail(plan->ctx, FKV_ERR_INVALID, "n_new[%d]: %lld is negative", i,
                         (long long)row->n_new);
     bool equal;
+    row->crops = row->seq->crops;
     row->base = fkv_seq_tokens(cache, row->seq, &equal);
     if (!equal)
         return fkv_fail(plan->ctx, FKV_ERR_STATE,
@@ -166,12 +167,25 @@ static fkv_status set_rope(struct fkv_plan_object *plan, const fkv_batch *batch)
     return FKV_OK;
 }
 
-/* The most chunks that the layers of a row can show during the step. */
-static int64_t most_chunks(const struct fkv_profile_object *p, const struct fkv_row *row) {
+/* What the layers of a row can show during the step, at most. Crops can leave more tiles coded than the
+ * tokens call for, and not the same number in all layers. */
+struct extent {
+    int64_t chunks, segments;
+};
+
+static struct extent row_extent(const struct fkv_profile_object *p, const struct fkv_row *row) {
     const int64_t after = row->base + row->n_new, period = row->seq->period;
-    int64_t open = fkv_chunk_count(p, period, after, fkv_tiles_to_code(p, row->base));
-    int64_t sealed = fkv_chunk_count(p, period, after, fkv_tiles_to_code(p, after));
-    return fkv_max64(open, sealed);
+    const int64_t to_code = fkv_tiles_to_code(p, after);
+    struct extent e = {0, 0};
+    for (int l = 0; l < p->model.n_layers; l++) {
+        const int64_t before = row->seq->layers[l].n_coded, coded = fkv_max64(before, to_code);
+        if (l && before == row->seq->layers[l - 1].n_coded)
+            continue;
+        e.chunks = fkv_max64(e.chunks, fkv_chunk_count(p, period, after, before));
+        e.chunks = fkv_max64(e.chunks, fkv_chunk_count(p, period, after, coded));
+        e.segments = fkv_max64(e.segments, fkv_ceil_div(coded, fkv_tiles_per_segment(period)));
+    }
+    return e;
 }
 
 static void size_workspace(struct fkv_plan_object *plan) {
@@ -181,12 +195,11 @@ static void size_workspace(struct fkv_plan_object *plan) {
     int64_t items = 0;
     for (int64_t i = 0; i < plan->n_rows; i++) {
         const struct fkv_row *row = &plan->rows[i];
-        int64_t after = fkv_tiles_to_code(p, row->base + row->n_new);
-        int64_t segments = fkv_ceil_div(after, fkv_tiles_per_segment(row->seq->period));
-        w->grid = fkv_max64(w->grid, segments * fkv_grid_floats(row->seq));
+        const struct extent e = row_extent(p, row);
+        w->grid = fkv_max64(w->grid, e.segments * fkv_grid_floats(row->seq));
         w->partial = fkv_max64(w->partial, fkv_partial_floats(p, row->seq));
         w->scratch = fkv_max64(w->scratch, fkv_attend_scratch(p, row->seq));
-        items += row->blocks * heads * most_chunks(p, row);
+        items += row->blocks * heads * e.chunks;
     }
     w->state = fkv_state_floats(p, w->grid);
     /* Many units keep all threads busy by themselves; one thread gains nothing from chunks. */
@@ -263,7 +276,8 @@ fkv_status fkv_plan_check(struct fkv_plan_object *plan, int layer, bool appendin
     for (int64_t i = 0; i < plan->n_rows; i++) {
         struct fkv_row *row = &plan->rows[i];
         row->seq = fkv_seq_find(plan->cache, row->id);
-        int64_t tokens = row->seq ? row->seq->layers[layer].tokens : -1;
+        bool cropped = row->seq && row->seq->crops != row->crops;
+        int64_t tokens = row->seq && !cropped ? row->seq->layers[layer].tokens : -1;
         if (tokens != row->base && tokens != row->base + row->n_new)
             return fkv_fail(plan->ctx, FKV_ERR_STATE,
                             "plan: sequence %lld has changed since the plan was updated",

@@ -22,6 +22,7 @@
 struct fkv_row {
     int64_t id;
     struct fkv_seq *seq; /* found again by id in every call */
+    uint64_t crops;      /* of the sequence when the plan was updated */
     int64_t base;        /* tokens held before the step */
     int64_t n_new;
     int64_t offset;     /* of its first token in the batch */

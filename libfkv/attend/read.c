@@ -63,7 +63,7 @@ static void coded_head(const struct reader *r, int head, int64_t tile, int64_t a
     const struct fkv_channels *c = fkv_profile_head(p, r->layer_index, r->part, head);
     const struct fkv_head_layout *layout = &r->cache->layouts[r->layer_index].heads[head];
     const int64_t per_segment = fkv_tiles_per_segment(r->seq->period);
-    const struct fkv_segment *s = &r->layer->segments[tile / per_segment];
+    const struct fkv_segment *s = r->layer->segments[tile / per_segment];
     const size_t kept = (size_t)c->kept, t = (size_t)at;
     set_phases(r, tile % per_segment * FKV_TILE + at);
     for (size_t i = 0; i < kept; i++) {
@@ -83,7 +83,7 @@ static void load_rows(const struct reader *r, int head, int64_t tile) {
     const struct fkv_channels *c =
         fkv_profile_head(r->cache->profile, r->layer_index, r->part, head);
     const size_t first = r->cache->layouts[r->layer_index].heads[head].rows[r->part];
-    const struct fkv_segment *s = &r->layer->segments[tile / fkv_tiles_per_segment(r->seq->period)];
+    const struct fkv_segment *s = r->layer->segments[tile / fkv_tiles_per_segment(r->seq->period)];
     for (size_t i = 0; i < (size_t)c->coded; i++)
         load_row(r, s, first + i, r->rows + i * 2 * (size_t)r->seq->shared->spectrum->bins);
 }

@@ -15,7 +15,9 @@ void *fkv_cache_alloc(struct fkv_cache_object *cache, struct fkv_seq *seq, enum 
         return NULL;
     }
     cache->bytes += bytes;
-    (seq ? &seq->account : &cache->shared_account)->bytes[class] += bytes;
+    cache->account.bytes[class] += bytes;
+    if (seq)
+        seq->account.bytes[class] += bytes;
     return p;
 }
 
@@ -25,7 +27,9 @@ void fkv_cache_free(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fk
         return;
     fkv_heap_free(&cache->ctx->heap, pointer, bytes);
     cache->bytes -= bytes;
-    (seq ? &seq->account : &cache->shared_account)->bytes[class] -= bytes;
+    cache->account.bytes[class] -= bytes;
+    if (seq)
+        seq->account.bytes[class] -= bytes;
 }
 
 fkv_status fkv_cache_refused(struct fkv_cache_object *cache) {
@@ -104,7 +108,7 @@ fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile
     cache->max_tokens = params->max_tokens ? params->max_tokens : ctx->max_tokens;
     cache->max_bytes = params->max_bytes ? params->max_bytes : UINT64_MAX;
     cache->bytes = sizeof *cache;
-    cache->shared_account.bytes[FKV_CLASS_TABLES] = sizeof *cache;
+    cache->account.bytes[FKV_CLASS_TABLES] = sizeof *cache;
     fkv_ctx_ref(ctx);
     fkv_profile_ref(profile);
     if (profile->coding != FKV_CODING_EXACT) {
@@ -180,7 +184,7 @@ static fkv_status share_spectrum(struct fkv_cache_object *cache, int64_t period,
         return fkv_cache_refused(cache);
     }
     cache->bytes += tables;
-    cache->shared_account.bytes[FKV_CLASS_TABLES] += tables;
+    cache->account.bytes[FKV_CLASS_TABLES] += tables;
     s->users = 1;
     s->next = cache->spectra;
     cache->spectra = s;
@@ -199,7 +203,7 @@ static void unshare_spectrum(struct fkv_cache_object *cache, struct fkv_shared_s
     size_t tables = bytes - sizeof *shared;
     fkv_spectrum_destroy(&cache->ctx->heap, shared->spectrum);
     cache->bytes -= tables;
-    cache->shared_account.bytes[FKV_CLASS_TABLES] -= tables;
+    cache->account.bytes[FKV_CLASS_TABLES] -= tables;
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, shared, sizeof *shared);
 }
 
@@ -231,32 +235,69 @@ static fkv_status take_slot(struct fkv_cache_object *cache, int64_t *slot) {
     return FKV_OK;
 }
 
-fkv_status fkv_seq_new(struct fkv_cache_object *cache, int64_t period, int64_t *id) {
+/* Not yet in the table. Takes over one use of the spectrum; gives it back on failure. */
+static fkv_status make_seq(struct fkv_cache_object *cache, int64_t period,
+                           struct fkv_shared_spectrum *shared, struct fkv_seq **out) {
     const size_t bytes = fkv_seq_base_bytes(cache->profile);
-    struct fkv_shared_spectrum *shared = NULL;
-    fkv_status status = FKV_OK;
-    int64_t slot = 0;
-    if (cache->profile->coding == FKV_CODING_FOURIER)
-        status = share_spectrum(cache, period, &shared);
-    if (status != FKV_OK)
-        return status;
     struct fkv_seq *seq = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, bytes);
-    status = seq ? take_slot(cache, &slot) : fkv_cache_refused(cache);
-    if (status != FKV_OK) {
-        fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, seq, bytes);
+    *out = seq;
+    if (!seq) {
+        fkv_status status = fkv_cache_refused(cache);
         unshare_spectrum(cache, shared);
         return status;
     }
-    cache->shared_account.bytes[FKV_CLASS_TABLES] -=
-        bytes; /* it is on the sequence's own account */
     seq->account.bytes[FKV_CLASS_TABLES] = bytes;
     seq->layers = (struct fkv_layer *)(void *)(seq + 1);
     seq->shared = shared;
     seq->period = period;
+    return FKV_OK;
+}
+
+static void free_seq(struct fkv_cache_object *cache, struct fkv_seq *seq) {
+    for (int l = 0; l < cache->profile->model.n_layers; l++)
+        fkv_layer_free(cache, seq, l);
+    unshare_spectrum(cache, seq->shared);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, seq, fkv_seq_base_bytes(cache->profile));
+}
+
+/* Gives a sequence its id, or frees it. */
+static fkv_status enter_seq(struct fkv_cache_object *cache, struct fkv_seq *seq, int64_t *id) {
+    int64_t slot;
+    fkv_status status = take_slot(cache, &slot);
+    if (status != FKV_OK) {
+        free_seq(cache, seq);
+        return status;
+    }
     seq->id = (cache->next_id++ << SLOT_BITS) | slot;
     cache->seqs[slot] = seq;
     *id = seq->id;
     return FKV_OK;
+}
+
+fkv_status fkv_seq_new(struct fkv_cache_object *cache, int64_t period, int64_t *id) {
+    struct fkv_shared_spectrum *shared = NULL;
+    struct fkv_seq *seq;
+    fkv_status status = FKV_OK;
+    if (cache->profile->coding == FKV_CODING_FOURIER)
+        status = share_spectrum(cache, period, &shared);
+    if (status == FKV_OK)
+        status = make_seq(cache, period, shared, &seq);
+    return status == FKV_OK ? enter_seq(cache, seq, id) : status;
+}
+
+fkv_status fkv_seq_fork(struct fkv_cache_object *cache, const struct fkv_seq *parent, int64_t *id) {
+    struct fkv_seq *seq;
+    if (parent->shared)
+        parent->shared->users++;
+    fkv_status status = make_seq(cache, parent->period, parent->shared, &seq);
+    if (status != FKV_OK)
+        return status;
+    for (int l = 0; status == FKV_OK && l < cache->profile->model.n_layers; l++)
+        status = fkv_layer_fork(cache, parent, seq, l);
+    if (status == FKV_OK)
+        return enter_seq(cache, seq, id);
+    free_seq(cache, seq);
+    return status;
 }
 
 struct fkv_seq *fkv_seq_find(struct fkv_cache_object *cache, int64_t id) {
@@ -267,13 +308,8 @@ struct fkv_seq *fkv_seq_find(struct fkv_cache_object *cache, int64_t id) {
 }
 
 void fkv_seq_delete(struct fkv_cache_object *cache, struct fkv_seq *seq) {
-    for (int l = 0; l < cache->profile->model.n_layers; l++)
-        fkv_layer_free(cache, seq, l);
-    unshare_spectrum(cache, seq->shared);
     cache->seqs[seq->id & ((INT64_C(1) << SLOT_BITS) - 1)] = NULL;
-    size_t bytes = fkv_seq_base_bytes(cache->profile);
-    fkv_heap_free(&cache->ctx->heap, seq, bytes);
-    cache->bytes -= bytes;
+    free_seq(cache, seq);
 }
 
 int64_t fkv_seq_tokens(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
@@ -286,4 +322,29 @@ int64_t fkv_seq_tokens(const struct fkv_cache_object *cache, const struct fkv_se
         least = fkv_min64(least, seq->layers[l].tokens);
     }
     return least;
+}
+
+/* ---- crops: inside the coded part only where nothing that stays depends on what goes */
+
+int64_t fkv_seq_crop_limit(const struct fkv_cache_object *cache, const struct fkv_seq *seq) {
+    int64_t limit = 0;
+    for (int l = 0; l < cache->profile->model.n_layers; l++)
+        limit = fkv_max64(limit, fkv_coded_end(cache->profile, &seq->layers[l]));
+    return limit;
+}
+
+int64_t fkv_seq_crop_floor(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
+                           int64_t tokens) {
+    const int64_t sinks = fkv_sinks(cache->profile);
+    if (tokens <= sinks || tokens >= fkv_seq_crop_limit(cache, seq))
+        return tokens;
+    /* a segment is one sum over its tiles */
+    const int64_t unit = fkv_tiles_per_segment(seq->period) * FKV_TILE;
+    return sinks + (tokens - sinks) / unit * unit;
+}
+
+void fkv_seq_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, int64_t tokens) {
+    for (int l = 0; l < cache->profile->model.n_layers; l++)
+        fkv_layer_crop(cache, seq, l, tokens);
+    seq->crops++;
 }

@@ -10,8 +10,12 @@
  *
  *   exact page   for each KV head: K [D][64], then V [64][D], elements of the storage type
  *   kept page    for each KV head: K [kept][64], then V [64][kept]
- *   segment      one block: coefficients, for each KV head K [coded][stride] then V [coded][stride]; the
- *                row of fkv_spectrum_ones() for its length; the per-channel numbers below
+ *   segment      two pages: the struct below with the row of fkv_spectrum_ones() for its length and the
+ *                per-channel numbers; coefficients, for each KV head K [coded][stride] then V [coded][stride]
+ *
+ * Pages are shared by the sequences that were forked from one another, and counted. What is written to has
+ * one holder: a sequence that appends to a shared page, or codes into a shared segment, gets a copy first.
+ * Full pages, coded tiles and full segments are never written to again.
  */
 #ifndef FKV_CACHE_CACHE_H
 #define FKV_CACHE_CACHE_H
@@ -19,7 +23,7 @@
 #include "codec/spectrum.h"
 #include "profile/profile.h"
 
-#define FKV_PAD 64 /* bytes behind every page that kernels may read */
+#define FKV_PAD 64 /* bytes behind the data of every page, which kernels may read; see page.c */
 
 enum fkv_class {
     FKV_CLASS_EXACT,
@@ -40,9 +44,10 @@ struct fkv_channel_state {
     float gain, beta, offset;
 };
 
+/* The head of a page that ends with `ones` and `channels`. */
 struct fkv_segment {
     int64_t tiles;                      /* coded so far */
-    void *coefficients;                 /* rows of all heads, in the coefficient type */
+    void *coefficients;                 /* a page: rows of all heads, in the coefficient type */
     float *ones;                        /* [stride] */
     struct fkv_channel_state *channels; /* [coded channels of the layer], in the rows' order */
     bool restored;                      /* authors' restoration: gains are frozen */
@@ -50,24 +55,28 @@ struct fkv_segment {
 
 struct fkv_layer {
     int64_t tokens;
-    int64_t n_coded; /* tiles */
+    int64_t n_coded; /* tiles; after a crop more than the tokens left would have had coded */
     void *sink;
     void **tiles;
     int64_t n_tiles; /* pages present: all tiles of the body */
     int64_t tile_slots;
-    struct fkv_segment *segments;
+    struct fkv_segment **segments;
     int64_t n_segments;
     int64_t segment_slots;
-    /* While an append is under way: the table of before, to go back to if it fails. */
+    /* While an append is under way, what to go back to if it fails: the table of before, and the shared
+     * page of which *old_place is a copy now. */
     void **old_tiles;
     int64_t old_slots;
+    void *old_page;
+    void **old_place;
 };
 
 struct fkv_seq {
-    int64_t id; /* -1: free */
+    int64_t id;
     int64_t period;
+    uint64_t crops;                     /* so many: plans from before one are outdated */
     struct fkv_shared_spectrum *shared; /* NULL for exact profiles */
-    struct fkv_account account;
+    struct fkv_account account;         /* all that it holds, shared or not */
     struct fkv_layer *layers;
 };
 
@@ -98,8 +107,9 @@ struct fkv_cache_object {
     _Atomic int lock; /* readers, or -1 for a writer */
     bool closed;
     uint64_t bytes;
-    size_t refused; /* size of the last allocation that failed */
-    struct fkv_account shared_account;
+    uint64_t bytes_shared;            /* in pages with several holders, once */
+    size_t refused;                   /* size of the last allocation that failed */
+    struct fkv_account account;       /* everything, once */
     struct fkv_layer_layout *layouts; /* [n_layers]; NULL for exact profiles */
     struct fkv_shared_spectrum *spectra;
     struct fkv_seq **seqs; /* slots */
@@ -118,12 +128,21 @@ bool fkv_cache_read_lock(struct fkv_cache_object *cache);
 bool fkv_cache_write_lock(struct fkv_cache_object *cache);
 void fkv_cache_read_unlock(struct fkv_cache_object *cache);
 void fkv_cache_write_unlock(struct fkv_cache_object *cache);
-/* Counted allocation, zeroed, on the account of a sequence, or of the cache itself with seq NULL. */
+/* Counted allocation, zeroed, on the account of the cache and, unless NULL, of a sequence. */
 void *fkv_cache_alloc(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
                       size_t bytes);
 void fkv_cache_free(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
                     void *pointer, size_t bytes);
 fkv_status fkv_seq_new(struct fkv_cache_object *cache, int64_t period, int64_t *id);
+/* A sequence that holds what `parent` holds. Layers must be equal. */
+fkv_status fkv_seq_fork(struct fkv_cache_object *cache, const struct fkv_seq *parent, int64_t *id);
+/* The longest length, at most `tokens`, that a crop can leave; and the shortest from which on it can leave
+ * every one. */
+int64_t fkv_seq_crop_floor(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
+                           int64_t tokens);
+int64_t fkv_seq_crop_limit(const struct fkv_cache_object *cache, const struct fkv_seq *seq);
+/* Needs a length for which fkv_seq_crop_floor() is itself. Allocates nothing. */
+void fkv_seq_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, int64_t tokens);
 void fkv_seq_delete(struct fkv_cache_object *cache, struct fkv_seq *seq);
 /* NULL if the id is not living. */
 struct fkv_seq *fkv_seq_find(struct fkv_cache_object *cache, int64_t id);
@@ -137,9 +156,23 @@ fkv_status fkv_cache_refused(struct fkv_cache_object *cache);
 size_t fkv_cache_base_bytes(const struct fkv_profile_object *profile);
 size_t fkv_seq_base_bytes(const struct fkv_profile_object *profile);
 
-/* layer.c: sizes, and the growing and sealing of one layer */
+/* page.c: memory that may be held by several sequences, each of which drops it once. `bytes` is the size
+ * asked for, FKV_PAD included. Holders are counted under the cache's write lock. */
+void *fkv_page_new(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                   size_t bytes); /* zeroed */
+void *fkv_page_copy(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                    const void *page, size_t bytes);
+/* `seq` becomes one more holder. The page may be NULL, here and in what follows. */
+void *fkv_page_share(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                     void *page, size_t bytes);
+void fkv_page_drop(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                   void *page, size_t bytes);
+/* Whether there is another holder; a page that has one must not be written to. */
+bool fkv_page_shared(const void *page, size_t bytes);
+
+/* layer.c: sizes, and the growing, sealing, forking and cropping of one layer */
 struct fkv_segment_bytes {
-    size_t coefficients, tables;
+    size_t coefficients, tables; /* of its two pages; no coefficients: 0 */
 };
 size_t fkv_exact_page_bytes(const struct fkv_profile_object *profile);
 size_t fkv_kept_page_bytes(const struct fkv_profile_object *profile, int layer);
@@ -162,8 +195,9 @@ struct fkv_coding_room {
     int64_t until;
     void **kept; /* [until - n_coded]; entries NULL where nothing is kept */
     int64_t kept_count;
-    struct fkv_segment *segments; /* the new table; NULL if the old one serves */
+    struct fkv_segment **segments; /* the new table; NULL if the old one serves */
     int64_t n_segments, segment_slots;
+    struct fkv_segment *open; /* copy of the segment under way, if that is shared */
 };
 fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                              int64_t until, struct fkv_coding_room *room);
@@ -176,6 +210,14 @@ void fkv_layer_open_segments(struct fkv_cache_object *cache, struct fkv_seq *seq
 void fkv_layer_seal(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                     struct fkv_coding_room *room);
 void fkv_layer_free(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer);
+/* Makes an empty layer of `child` hold what that of `parent` holds. fkv_layer_free() after a failure. */
+fkv_status fkv_layer_fork(struct fkv_cache_object *cache, const struct fkv_seq *parent,
+                          struct fkv_seq *child, int layer);
+/* See fkv_seq_crop(). */
+void fkv_layer_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, int64_t tokens);
+/* Bytes of its pages that others hold as well. */
+uint64_t fkv_layer_shared_bytes(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
+                                int layer);
 
 /* stats.c */
 void fkv_cache_count(struct fkv_cache_object *cache, const struct fkv_seq *seq, fkv_stats *stats);
@@ -187,6 +229,10 @@ static inline int fkv_sinks(const struct fkv_profile_object *p) {
 }
 static inline int64_t fkv_tiles_per_segment(int64_t period) {
     return period / FKV_TILE;
+}
+/* Tokens before the first tile that is not coded; 0 if none is. */
+static inline int64_t fkv_coded_end(const struct fkv_profile_object *p, const struct fkv_layer *l) {
+    return l->n_coded ? fkv_sinks(p) + l->n_coded * FKV_TILE : 0;
 }
 
 /* Page addressing, shared by codec and attention. */

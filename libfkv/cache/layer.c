@@ -3,6 +3,10 @@
 
 #include <string.h>
 
+/* Bytes of a segment's page before its tables. */
+#define SEGMENT_HEAD 64
+_Static_assert(sizeof(struct fkv_segment) <= SEGMENT_HEAD, "the head of a segment");
+
 static size_t element_size(fkv_dtype dtype) {
     return dtype == FKV_DTYPE_F32 ? 4 : 2;
 }
@@ -35,7 +39,8 @@ struct fkv_segment_bytes fkv_segment_size(const struct fkv_profile_object *profi
     size_t element = element_size(profile->fourier.coefficient_dtype);
     struct fkv_segment_bytes size = {
         .coefficients = rows ? rows * row * element + FKV_PAD : 0,
-        .tables = row * sizeof(float) + rows * sizeof(struct fkv_channel_state),
+        .tables =
+            SEGMENT_HEAD + row * sizeof(float) + rows * sizeof(struct fkv_channel_state) + FKV_PAD,
     };
     return size;
 }
@@ -63,116 +68,185 @@ int64_t fkv_tiles_to_code(const struct fkv_profile_object *profile, int64_t toke
 
 /* ---- exact pages */
 
-static void drop_pages(struct fkv_cache_object *cache, struct fkv_seq *seq, struct fkv_layer *l,
+static void drop_exact(struct fkv_cache_object *cache, struct fkv_seq *seq, void *page) {
+    fkv_page_drop(cache, seq, FKV_CLASS_EXACT, page, fkv_exact_page_bytes(cache->profile));
+}
+
+/* Drops the tiles from `first` on, which are exact. */
+static void drop_tiles(struct fkv_cache_object *cache, struct fkv_seq *seq, struct fkv_layer *l,
                        int64_t first) {
-    size_t bytes = fkv_exact_page_bytes(cache->profile);
     for (int64_t i = first; i < l->n_tiles; i++)
-        fkv_cache_free(cache, seq, FKV_CLASS_EXACT, l->tiles[i], bytes);
+        drop_exact(cache, seq, l->tiles[i]);
     l->n_tiles = fkv_min64(l->n_tiles, first);
+}
+
+static bool grow_table(struct fkv_cache_object *cache, struct fkv_seq *seq, struct fkv_layer *l,
+                       int64_t slots) {
+    if (slots <= l->tile_slots)
+        return true;
+    void **table = fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)slots * sizeof *l->tiles);
+    if (!table)
+        return false;
+    if (l->n_tiles)
+        memcpy(table, l->tiles, (size_t)l->n_tiles * sizeof *l->tiles);
+    l->old_tiles = l->tiles;
+    l->old_slots = l->tile_slots;
+    l->tiles = table;
+    l->tile_slots = slots;
+    return true;
+}
+
+/* Makes the page that the next token goes to, if it is there already, this sequence's own. */
+static bool own_last_page(struct fkv_cache_object *cache, struct fkv_seq *seq,
+                          struct fkv_layer *l) {
+    const size_t bytes = fkv_exact_page_bytes(cache->profile);
+    const int64_t body = l->tokens - fkv_sinks(cache->profile);
+    void **place = body < 0 ? &l->sink : NULL;
+    if (body > 0 && body % FKV_TILE)
+        place = &l->tiles[body / FKV_TILE];
+    if (!place || !fkv_page_shared(*place, bytes))
+        return true;
+    void *copy = fkv_page_copy(cache, seq, FKV_CLASS_EXACT, *place, bytes);
+    if (!copy)
+        return false;
+    l->old_place = place;
+    l->old_page = *place;
+    *place = copy;
+    return true;
 }
 
 fkv_status fkv_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                           int64_t n_new) {
     struct fkv_layer *l = &seq->layers[layer];
     const int64_t tiles = fkv_body_tiles(cache->profile, l->tokens + n_new);
-    const int64_t slots = fkv_slots_for(tiles);
     const size_t bytes = fkv_exact_page_bytes(cache->profile);
     l->old_tiles = NULL;
     l->old_slots = -1;
+    l->old_page = NULL;
+    l->old_place = NULL;
     if (!n_new)
         return FKV_OK;
-    if (fkv_sinks(cache->profile) && !l->sink) {
-        l->sink = fkv_cache_alloc(cache, seq, FKV_CLASS_EXACT, bytes);
-        if (!l->sink)
-            return fkv_cache_refused(cache);
+    bool room = grow_table(cache, seq, l, fkv_slots_for(tiles)) && own_last_page(cache, seq, l);
+    if (room && fkv_sinks(cache->profile) && !l->sink) {
+        l->sink = fkv_page_new(cache, seq, FKV_CLASS_EXACT, bytes);
+        room = l->sink;
     }
-    if (slots > l->tile_slots) {
-        void **table =
-            fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)slots * sizeof *l->tiles);
-        if (!table)
-            goto refused;
-        if (l->n_tiles)
-            memcpy(table, l->tiles, (size_t)l->n_tiles * sizeof *l->tiles);
-        l->old_tiles = l->tiles;
-        l->old_slots = l->tile_slots;
-        l->tiles = table;
-        l->tile_slots = slots;
+    while (room && l->n_tiles < tiles) {
+        void *page = fkv_page_new(cache, seq, FKV_CLASS_EXACT, bytes);
+        room = page;
+        if (page)
+            l->tiles[l->n_tiles++] = page;
     }
-    while (l->n_tiles < tiles) {
-        void *page = fkv_cache_alloc(cache, seq, FKV_CLASS_EXACT, bytes);
-        if (!page)
-            goto refused;
-        l->tiles[l->n_tiles++] = page;
-    }
-    return FKV_OK;
-refused:;
+    if (room)
+        return FKV_OK;
     fkv_status status = fkv_cache_refused(cache);
     fkv_layer_grown(cache, seq, layer, false);
     return status;
 }
 
+/* Undoes what fkv_layer_grow() did, but for the old table, which fkv_layer_grown() frees or takes back. */
+static void shrink(struct fkv_cache_object *cache, struct fkv_seq *seq, struct fkv_layer *l) {
+    drop_tiles(cache, seq, l, fkv_body_tiles(cache->profile, l->tokens));
+    if (!l->tokens) {
+        drop_exact(cache, seq, l->sink);
+        l->sink = NULL;
+    }
+    if (l->old_page) {
+        void *copy = *l->old_place;
+        *l->old_place = l->old_page;
+        l->old_page = copy;
+    }
+    if (l->old_slots >= 0) {
+        void **table = l->tiles;
+        int64_t slots = l->tile_slots;
+        l->tiles = l->old_tiles;
+        l->tile_slots = l->old_slots;
+        l->old_tiles = table;
+        l->old_slots = slots;
+    }
+}
+
 void fkv_layer_grown(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, bool keep) {
     struct fkv_layer *l = &seq->layers[layer];
-    const bool replaced = l->old_slots >= 0;
-    if (!keep) {
-        drop_pages(cache, seq, l, fkv_body_tiles(cache->profile, l->tokens));
-        if (!l->tokens && l->sink) {
-            fkv_cache_free(cache, seq, FKV_CLASS_EXACT, l->sink,
-                           fkv_exact_page_bytes(cache->profile));
-            l->sink = NULL;
-        }
-        if (replaced) {
-            void **table = l->tiles;
-            int64_t slots = l->tile_slots;
-            l->tiles = l->old_tiles;
-            l->tile_slots = l->old_slots;
-            l->old_tiles = table;
-            l->old_slots = slots;
-        }
-    }
-    if (replaced)
+    if (!keep)
+        shrink(cache, seq, l);
+    drop_exact(cache, seq, l->old_page);
+    if (l->old_slots >= 0)
         fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->old_tiles,
                        (size_t)l->old_slots * sizeof *l->tiles);
     l->old_tiles = NULL;
     l->old_slots = -1;
+    l->old_page = NULL;
+    l->old_place = NULL;
 }
 
 /* ---- coding */
 
-static void free_segment(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
-                         struct fkv_segment *s) {
-    struct fkv_segment_bytes size =
-        fkv_segment_size(cache->profile, layer, seq->shared->spectrum->stride);
-    fkv_cache_free(cache, seq, FKV_CLASS_COEFFICIENTS, s->coefficients, size.coefficients);
-    fkv_cache_free(cache, seq, FKV_CLASS_TABLES, s->ones, size.tables);
+static struct fkv_segment_bytes segment_size(const struct fkv_cache_object *cache,
+                                             const struct fkv_seq *seq, int layer) {
+    return fkv_segment_size(cache->profile, layer, seq->shared->spectrum->stride);
 }
 
-static fkv_status new_segment(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
-                              struct fkv_segment *s) {
-    const int stride = seq->shared->spectrum->stride;
-    struct fkv_segment_bytes size = fkv_segment_size(cache->profile, layer, stride);
-    *s = (struct fkv_segment){0};
-    s->ones = fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, size.tables);
-    if (!s->ones)
+static void drop_segment(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                         struct fkv_segment *s) {
+    if (!s)
+        return;
+    struct fkv_segment_bytes size = segment_size(cache, seq, layer);
+    fkv_page_drop(cache, seq, FKV_CLASS_COEFFICIENTS, s->coefficients, size.coefficients);
+    fkv_page_drop(cache, seq, FKV_CLASS_TABLES, s, size.tables);
+}
+
+static void *new_page(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_class class,
+                      const void *from, size_t bytes) {
+    return from ? fkv_page_copy(cache, seq, class, from, bytes)
+                : fkv_page_new(cache, seq, class, bytes);
+}
+
+/* A new segment: empty, or a copy of `from`. */
+static fkv_status make_segment(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                               const struct fkv_segment *from, struct fkv_segment **out) {
+    struct fkv_segment_bytes size = segment_size(cache, seq, layer);
+    struct fkv_segment *s = new_page(cache, seq, FKV_CLASS_TABLES, from, size.tables);
+    *out = s;
+    if (!s)
         return fkv_cache_refused(cache);
-    s->channels = (struct fkv_channel_state *)(void *)(s->ones + stride);
+    s->ones = (float *)(void *)((char *)s + SEGMENT_HEAD);
+    s->channels = (struct fkv_channel_state *)(void *)(s->ones + seq->shared->spectrum->stride);
+    s->coefficients = NULL;
     if (!size.coefficients)
         return FKV_OK;
-    s->coefficients = fkv_cache_alloc(cache, seq, FKV_CLASS_COEFFICIENTS, size.coefficients);
+    s->coefficients = new_page(cache, seq, FKV_CLASS_COEFFICIENTS, from ? from->coefficients : NULL,
+                               size.coefficients);
     if (s->coefficients)
         return FKV_OK;
     fkv_status status = fkv_cache_refused(cache);
-    free_segment(cache, seq, layer, s);
+    drop_segment(cache, seq, layer, s);
+    *out = NULL;
     return status;
+}
+
+/* The segment that coding would go on in, if others hold it too, else NULL. */
+static struct fkv_segment *shared_open_segment(const struct fkv_cache_object *cache,
+                                               const struct fkv_seq *seq, int layer) {
+    const struct fkv_layer *l = &seq->layers[layer];
+    const int64_t per_segment = fkv_tiles_per_segment(seq->period);
+    if (l->n_coded % per_segment == 0)
+        return NULL;
+    struct fkv_segment *open = l->segments[l->n_coded / per_segment];
+    return fkv_page_shared(open, segment_size(cache, seq, layer).tables) ? open : NULL;
 }
 
 static fkv_status reserve_segments(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                                    struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
     int64_t needed = fkv_ceil_div(room->until, fkv_tiles_per_segment(seq->period));
+    const struct fkv_segment *open = shared_open_segment(cache, seq, layer);
+    fkv_status status = FKV_OK;
     room->n_segments = l->n_segments;
-    if (needed <= l->n_segments)
-        return FKV_OK;
+    if (open)
+        status = make_segment(cache, seq, layer, open, &room->open);
+    if (status != FKV_OK || needed <= l->n_segments)
+        return status;
     room->segment_slots = needed;
     room->segments =
         fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)needed * sizeof *room->segments);
@@ -181,7 +255,7 @@ static fkv_status reserve_segments(struct fkv_cache_object *cache, struct fkv_se
     if (l->n_segments)
         memcpy(room->segments, l->segments, (size_t)l->n_segments * sizeof *room->segments);
     while (room->n_segments < needed) {
-        fkv_status status = new_segment(cache, seq, layer, &room->segments[room->n_segments]);
+        status = make_segment(cache, seq, layer, NULL, &room->segments[room->n_segments]);
         if (status != FKV_OK)
             return status;
         room->n_segments++;
@@ -206,13 +280,17 @@ fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq
             status = fkv_cache_refused(cache);
     }
     for (int64_t i = 0; status == FKV_OK && bytes && i < count; i++) {
-        room->kept[i] = fkv_cache_alloc(cache, seq, FKV_CLASS_KEPT, bytes);
+        room->kept[i] = fkv_page_new(cache, seq, FKV_CLASS_KEPT, bytes);
         if (!room->kept[i])
             status = fkv_cache_refused(cache);
     }
     if (status != FKV_OK)
         fkv_layer_unreserve(cache, seq, layer, room);
     return status;
+}
+
+static void drop_kept(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, void *page) {
+    fkv_page_drop(cache, seq, FKV_CLASS_KEPT, page, fkv_kept_page_bytes(cache->profile, layer));
 }
 
 static void free_kept_table(struct fkv_cache_object *cache, struct fkv_seq *seq,
@@ -227,57 +305,159 @@ void fkv_layer_unreserve(struct fkv_cache_object *cache, struct fkv_seq *seq, in
                          struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
     for (int64_t i = 0; i < room->kept_count; i++)
-        fkv_cache_free(cache, seq, FKV_CLASS_KEPT, room->kept[i],
-                       fkv_kept_page_bytes(cache->profile, layer));
+        drop_kept(cache, seq, layer, room->kept[i]);
     free_kept_table(cache, seq, room);
+    drop_segment(cache, seq, layer, room->open);
+    room->open = NULL;
     if (!room->segments)
         return;
     for (int64_t i = l->n_segments; i < room->n_segments; i++)
-        free_segment(cache, seq, layer, &room->segments[i]);
+        drop_segment(cache, seq, layer, room->segments[i]);
     fkv_cache_free(cache, seq, FKV_CLASS_TABLES, room->segments,
                    (size_t)room->segment_slots * sizeof *room->segments);
     room->segments = NULL;
 }
 
+static void free_segment_table(struct fkv_cache_object *cache, struct fkv_seq *seq,
+                               struct fkv_layer *l) {
+    fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->segments,
+                   (size_t)l->segment_slots * sizeof *l->segments);
+}
+
 void fkv_layer_open_segments(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                              struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
-    if (!room->segments)
-        return;
-    fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->segments,
-                   (size_t)l->segment_slots * sizeof *l->segments);
-    l->segments = room->segments;
-    l->n_segments = room->n_segments;
-    l->segment_slots = room->segment_slots;
-    room->segments = NULL;
+    if (room->segments) {
+        free_segment_table(cache, seq, l);
+        l->segments = room->segments;
+        l->n_segments = room->n_segments;
+        l->segment_slots = room->segment_slots;
+        room->segments = NULL;
+    }
+    if (room->open) {
+        struct fkv_segment **open = &l->segments[l->n_coded / fkv_tiles_per_segment(seq->period)];
+        drop_segment(cache, seq, layer, *open);
+        *open = room->open;
+        room->open = NULL;
+    }
 }
 
 void fkv_layer_seal(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                     struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
-    size_t bytes = fkv_exact_page_bytes(cache->profile);
     for (int64_t i = 0; i < room->kept_count; i++) {
         void **tile = &l->tiles[l->n_coded + i];
-        fkv_cache_free(cache, seq, FKV_CLASS_EXACT, *tile, bytes);
+        drop_exact(cache, seq, *tile);
         *tile = room->kept[i];
     }
     l->n_coded += room->kept_count;
     free_kept_table(cache, seq, room);
 }
 
+/* ---- forks and crops */
+
+/* Drops coded tiles from `first` on and the segments behind them; no exact tile is left. */
+static void drop_coded(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                       int64_t first) {
+    struct fkv_layer *l = &seq->layers[layer];
+    if (first >= l->n_coded)
+        return;
+    const int64_t segments = fkv_ceil_div(first, fkv_tiles_per_segment(seq->period));
+    for (int64_t i = first; i < l->n_coded; i++)
+        drop_kept(cache, seq, layer, l->tiles[i]);
+    for (int64_t i = segments; i < l->n_segments; i++)
+        drop_segment(cache, seq, layer, l->segments[i]);
+    l->n_coded = l->n_tiles = first;
+    l->n_segments = segments;
+}
+
+void fkv_layer_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                    int64_t tokens) {
+    struct fkv_layer *l = &seq->layers[layer];
+    const int64_t tiles = fkv_body_tiles(cache->profile, tokens);
+    if (!tokens) {
+        fkv_layer_free(cache, seq, layer);
+        return;
+    }
+    drop_tiles(cache, seq, l, fkv_max64(tiles, l->n_coded));
+    drop_coded(cache, seq, layer, tiles);
+    l->tokens = tokens;
+}
+
 void fkv_layer_free(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer) {
     struct fkv_layer *l = &seq->layers[layer];
-    size_t exact = fkv_exact_page_bytes(cache->profile);
-    drop_pages(cache, seq, l, l->n_coded);
-    for (int64_t i = 0; i < l->n_coded; i++)
-        fkv_cache_free(cache, seq, FKV_CLASS_KEPT, l->tiles[i],
-                       fkv_kept_page_bytes(cache->profile, layer));
-    for (int64_t i = 0; i < l->n_segments; i++)
-        free_segment(cache, seq, layer, &l->segments[i]);
-    fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->segments,
-                   (size_t)l->segment_slots * sizeof *l->segments);
+    drop_tiles(cache, seq, l, l->n_coded);
+    drop_coded(cache, seq, layer, 0);
+    free_segment_table(cache, seq, l);
     fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->tiles,
                    (size_t)l->tile_slots * sizeof *l->tiles);
-    fkv_cache_free(cache, seq, FKV_CLASS_EXACT, l->sink, exact);
+    drop_exact(cache, seq, l->sink);
     *l = (struct fkv_layer){0};
+}
+
+static fkv_status make_tables(struct fkv_cache_object *cache, struct fkv_seq *seq,
+                              struct fkv_layer *l, int64_t slots, int64_t segments) {
+    if (slots) {
+        l->tiles = fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)slots * sizeof *l->tiles);
+        if (!l->tiles)
+            return fkv_cache_refused(cache);
+        l->tile_slots = slots;
+    }
+    if (segments) {
+        l->segments =
+            fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)segments * sizeof *l->segments);
+        if (!l->segments)
+            return fkv_cache_refused(cache);
+        l->segment_slots = segments;
+    }
+    return FKV_OK;
+}
+
+static struct fkv_segment *share_segment(struct fkv_cache_object *cache, struct fkv_seq *seq,
+                                         int layer, struct fkv_segment *s) {
+    struct fkv_segment_bytes size = segment_size(cache, seq, layer);
+    fkv_page_share(cache, seq, FKV_CLASS_COEFFICIENTS, s->coefficients, size.coefficients);
+    return fkv_page_share(cache, seq, FKV_CLASS_TABLES, s, size.tables);
+}
+
+fkv_status fkv_layer_fork(struct fkv_cache_object *cache, const struct fkv_seq *parent,
+                          struct fkv_seq *child, int layer) {
+    const struct fkv_layer *from = &parent->layers[layer];
+    struct fkv_layer *l = &child->layers[layer];
+    fkv_status status =
+        make_tables(cache, child, l, fkv_slots_for(from->n_tiles), from->n_segments);
+    if (status != FKV_OK)
+        return status;
+    const size_t exact = fkv_exact_page_bytes(cache->profile);
+    const size_t kept = from->n_coded ? fkv_kept_page_bytes(cache->profile, layer) : 0;
+    for (int64_t i = 0; i < from->n_tiles; i++)
+        l->tiles[i] = i < from->n_coded
+                          ? fkv_page_share(cache, child, FKV_CLASS_KEPT, from->tiles[i], kept)
+                          : fkv_page_share(cache, child, FKV_CLASS_EXACT, from->tiles[i], exact);
+    for (int64_t i = 0; i < from->n_segments; i++)
+        l->segments[i] = share_segment(cache, child, layer, from->segments[i]);
+    l->sink = fkv_page_share(cache, child, FKV_CLASS_EXACT, from->sink, exact);
+    l->tokens = from->tokens;
+    l->n_coded = from->n_coded;
+    l->n_tiles = from->n_tiles;
+    l->n_segments = from->n_segments;
+    return FKV_OK;
+}
+
+uint64_t fkv_layer_shared_bytes(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
+                                int layer) {
+    const struct fkv_layer *l = &seq->layers[layer];
+    const size_t exact = fkv_exact_page_bytes(cache->profile);
+    const size_t kept = l->n_coded ? fkv_kept_page_bytes(cache->profile, layer) : 0;
+    uint64_t bytes = fkv_page_shared(l->sink, exact) ? exact : 0;
+    for (int64_t i = 0; i < l->n_tiles; i++) {
+        const size_t size = i < l->n_coded ? kept : exact;
+        bytes += fkv_page_shared(l->tiles[i], size) ? size : 0;
+    }
+    for (int64_t i = 0; i < l->n_segments; i++) {
+        const struct fkv_segment_bytes size = segment_size(cache, seq, layer);
+        if (fkv_page_shared(l->segments[i], size.tables))
+            bytes += size.tables + size.coefficients;
+    }
+    return bytes;
 }

@@ -17,26 +17,26 @@ static void finish(const struct fkv_profile_object *profile, const struct fkv_ac
 }
 
 static void add_sequence(const struct fkv_cache_object *cache, const struct fkv_seq *seq,
-                         struct fkv_account *account, fkv_stats *stats) {
+                         fkv_stats *stats) {
     bool equal;
     stats->sequences++;
     stats->tokens += (uint64_t)fkv_seq_tokens(cache, seq, &equal);
     stats->tokens_coded += (uint64_t)seq->layers[0].n_coded * FKV_TILE;
-    for (int c = 0; c < FKV_N_CLASS; c++)
-        account->bytes[c] += seq->account.bytes[c];
 }
 
 void fkv_cache_count(struct fkv_cache_object *cache, const struct fkv_seq *seq, fkv_stats *stats) {
-    struct fkv_account account = {{0}};
     if (seq) {
-        add_sequence(cache, seq, &account, stats);
+        add_sequence(cache, seq, stats);
+        /* who else holds a page is known to the page alone */
+        for (int l = 0; cache->bytes_shared && l < cache->profile->model.n_layers; l++)
+            stats->bytes_shared += fkv_layer_shared_bytes(cache, seq, l);
     } else {
-        account = cache->shared_account;
         for (int64_t i = 0; i < cache->n_slots; i++)
             if (cache->seqs[i])
-                add_sequence(cache, cache->seqs[i], &account, stats);
+                add_sequence(cache, cache->seqs[i], stats);
+        stats->bytes_shared = cache->bytes_shared;
     }
-    finish(cache->profile, &account, stats);
+    finish(cache->profile, seq ? &seq->account : &cache->account, stats);
 }
 
 fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t tokens, int64_t period,
@@ -68,7 +68,7 @@ fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t token
     a.bytes[FKV_CLASS_EXACT] =
         layers * (uint64_t)(tiles - coded + has_sink) * fkv_exact_page_bytes(profile);
     *tables += layers * ((uint64_t)fkv_slots_for(tiles) * sizeof(void *) +
-                         (uint64_t)segments * sizeof(struct fkv_segment));
+                         (uint64_t)segments * sizeof(struct fkv_segment *));
     for (int l = 0; fourier && l < profile->model.n_layers; l++) {
         struct fkv_segment_bytes size = fkv_segment_size(profile, l, stride);
         a.bytes[FKV_CLASS_KEPT] += (uint64_t)coded * fkv_kept_page_bytes(profile, l);

@@ -117,7 +117,7 @@ static char *segment_rows(const struct head *h, const struct fkv_segment *s) {
 
 static void code_tile(const struct head *h, int64_t tile, char *kept_page) {
     const int64_t per_segment = fkv_tiles_per_segment(h->spectrum->period);
-    struct fkv_segment *s = &h->layer->segments[tile / per_segment];
+    struct fkv_segment *s = h->layer->segments[tile / per_segment];
     const int64_t local = tile % per_segment;
     if (h->channels->kept)
         copy_kept(h, tile, kept_page);
@@ -193,7 +193,7 @@ static void restore_authors(const struct head *h, struct fkv_segment *s, int64_t
 static void restore(const struct head *h, int64_t from_tile, int64_t until) {
     const int64_t per_segment = fkv_tiles_per_segment(h->spectrum->period);
     for (int64_t i = from_tile / per_segment; i * per_segment < until; i++) {
-        struct fkv_segment *s = &h->layer->segments[i];
+        struct fkv_segment *s = h->layer->segments[i];
         if (h->profile->fourier.restoration == FKV_RESTORE_LEAST_SQUARES)
             restore_least_squares(h, s);
         else if (!s->restored)
@@ -239,12 +239,12 @@ void fkv_code(struct fkv_plan_object *plan, const struct fkv_row *row, int layer
     struct code_job job = {plan, row->seq, layer, room};
     const int64_t first = l->n_coded / per_segment;
     for (int64_t i = first; i * per_segment < room->until; i++) {
-        struct fkv_segment *s = &l->segments[i];
+        struct fkv_segment *s = l->segments[i];
         s->tiles = fkv_min64(room->until - i * per_segment, per_segment);
         fkv_spectrum_ones(sp, s->tiles * FKV_TILE, s->ones);
     }
     fkv_pool_run(plan->ctx->pool, 2 * (int64_t)plan->cache->profile->model.n_kv_heads, code_head,
                  &job);
     for (int64_t i = first; i * per_segment < room->until; i++)
-        l->segments[i].restored = true;
+        l->segments[i]->restored = true;
 }

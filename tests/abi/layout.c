@@ -130,7 +130,7 @@ FIELD(fkv_sequence_params, struct_size, 0, 4);
 FIELD(fkv_sequence_params, reserved, 4, 4);
 FIELD(fkv_sequence_params, period, 8, 8);
 
-SIZE(fkv_stats, 112);
+SIZE(fkv_stats, 120);
 FIELD(fkv_stats, struct_size, 0, 4);
 FIELD(fkv_stats, reserved, 4, 4);
 FIELD(fkv_stats, sequences, 8, 8);
@@ -144,8 +144,9 @@ FIELD(fkv_stats, bytes_coefficients, 64, 8);
 FIELD(fkv_stats, bytes_tables, 72, 8);
 FIELD(fkv_stats, dense_bytes, 80, 8);
 FIELD(fkv_stats, ratio, 88, 8);
-FIELD(fkv_stats, bytes_blocks, 96, 8);
-FIELD(fkv_stats, bytes_scales, 104, 8);
+FIELD(fkv_stats, bytes_shared, 96, 8);
+FIELD(fkv_stats, bytes_blocks, 104, 8);
+FIELD(fkv_stats, bytes_scales, 112, 8);
 
 SIZE(fkv_batch, 40);
 FIELD(fkv_batch, struct_size, 0, 4);
