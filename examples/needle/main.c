@@ -103,6 +103,7 @@ static int create_uniform_profile(struct program *p) {
     fkv_codec_params_init(&codec, sizeof codec);
     /* the parser of options has seen that these are numbers */
     sscanf(p->options.profile, "uniform:%d:%d", &bits, &codec.group);
+    codec.domain = strstr(p->options.profile, ":unrotated") ? FKV_DOMAIN_UNROTATED : codec.domain;
     fkv_status status = fkv_profile_create_uniform(p->ctx, &params, &codec, bits, &p->profile);
     status = status ? status : fkv_profile_query(p->profile, &p->info);
     return status ? needle_fail_fkv(&p->error, NEEDLE_BAD_INPUT, p->ctx, status, p->options.profile)

@@ -149,7 +149,7 @@ static int parse_share(const struct argument *a, double *out) {
     return NEEDLE_OK;
 }
 
-/* "uniform:BITS" or "uniform:BITS:GROUP"; the library says which numbers are possible. */
+/* uniform:BITS[:GROUP[:unrotated]]; the library says which numbers are possible. */
 static int parse_profile(const struct argument *a, struct needle_options *o) {
     static const char digits[] = "0123456789", prefix[] = "uniform:";
     const char *p = a->value + sizeof prefix - 1;
@@ -159,9 +159,9 @@ static int parse_profile(const struct argument *a, struct needle_options *o) {
     }
     size_t bits = strspn(p, digits), group = p[bits] == ':' ? strspn(p + bits + 1, digits) : 0;
     const char *end = p + bits + (group ? group + 1 : 0);
-    if (bits < 1 || bits > 2 || group > 3 || *end) {
-        return needle_fail(a->error, NEEDLE_BAD_INPUT, "--%s %s: must be uniform:BITS[:GROUP]",
-                           a->name, a->value);
+    if (bits < 1 || bits > 2 || group > 3 || (*end && (!group || strcmp(end, ":unrotated") != 0))) {
+        return needle_fail(a->error, NEEDLE_BAD_INPUT,
+                           "--%s %s: must be uniform:BITS[:GROUP[:unrotated]]", a->name, a->value);
     }
     return NEEDLE_OK;
 }
