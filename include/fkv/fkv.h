@@ -434,8 +434,18 @@ enum fkv_part_code {
 
 /** How one channel of the middle is held. fkv_profile_channels() writes these. */
 enum fkv_channel_code {
+    /** Calibrated: as its carrier alone, which takes no bytes. */
+    FKV_CHANNEL_CARRIER = 0,
     /** Fourier coefficients over time. */
     FKV_CHANNEL_FOURIER = 1,
+    /** Calibrated: carrier and a residual of 2 bits per token. */
+    FKV_CHANNEL_2BIT = 2,
+    /** Carrier and a residual of 3 bits. */
+    FKV_CHANNEL_3BIT = 3,
+    /** Carrier and a residual of 4 bits. */
+    FKV_CHANNEL_4BIT = 4,
+    /** Carrier and a residual of 8 bits. */
+    FKV_CHANNEL_8BIT = 8,
     /** Exactly, in the storage type. */
     FKV_CHANNEL_EXACT = 16
 };
@@ -448,8 +458,49 @@ enum fkv_coding_code {
     /** Every token and channel exactly. */
     FKV_CODING_EXACT = 0,
     /** fkv_fourier_params. */
-    FKV_CODING_FOURIER = 1
+    FKV_CODING_FOURIER = 1,
+    /** fkv_codec_params: carriers, and residuals of few bits. */
+    FKV_CODING_CALIBRATED = 2
 };
+
+/** One of fkv_domain_code. */
+typedef int32_t fkv_domain;
+
+/** Whether the calibrated coding holds keys with RoPE's rotation or without. */
+enum fkv_domain_code {
+    /** Keys are held as attention sees them. For plain decoding: the fast one. */
+    FKV_DOMAIN_ROTATED = 0,
+    /** Keys are held, in the tail too, as they came, and are rotated whenever they are read. */
+    FKV_DOMAIN_UNROTATED = 1
+};
+
+/**
+ * The calibrated coding (docs/codec.md). A sequence is [sinks | middle | local tail]. The middle is a
+ * list of sealed blocks; in them each channel is its carrier (the mean of K before RoPE, rotated to the
+ * token's position; the mean of V), which stands in the profile, plus a residual of 0, 2, 3, 4 or 8
+ * bits per token, quantised between the least and the largest value of a group of tokens. Since 0.1.
+ */
+typedef struct fkv_codec_params {
+    /** sizeof(fkv_codec_params) as the caller compiled it. */
+    uint32_t struct_size;
+    /** Type of exact tokens and of exact channels. Default F16. */
+    fkv_dtype storage_dtype;
+    /** Tokens that share a scale and a zero point: 64 or 128. Default 128. */
+    int32_t group;
+    /** Tokens of a block: 64, 128 or 256, a multiple of group. Default 128. */
+    int32_t block;
+    /** Sink tokens, exact. 0..FKV_MAX_SINK. Default 4. */
+    int32_t n_sink;
+    /** Newest tokens that stay exact; up to block - 1 more do, until a block is full. Default 128. */
+    int32_t n_local;
+    /** fkv_domain_code. Default FKV_DOMAIN_ROTATED. */
+    fkv_domain domain;
+    /** Fourier bins around the carrier for each channel. 0; anything else is UNSUPPORTED. */
+    int32_t spectral_bins;
+} fkv_codec_params;
+
+/** Fills *params with the defaults above. Errors: INVALID. */
+FKV_API fkv_status fkv_codec_params_init(fkv_codec_params *params, size_t struct_size);
 
 /** What a profile says. Written by fkv_profile_query(). Since 0.1. */
 typedef struct fkv_profile_info {
@@ -495,6 +546,18 @@ typedef struct fkv_profile_info {
     int64_t v_fourier_channels;
     /** Scale on q . k. */
     double softmax_scale;
+    /** Tokens of a group; 0 unless calibrated. */
+    int32_t group;
+    /** Tokens of a block; 0 unless calibrated. */
+    int32_t block;
+    /** fkv_domain_code. */
+    fkv_domain domain;
+    /** Zero. */
+    int32_t reserved2;
+    /** Bits that an element of K takes in a block, scales included: the mean over all channels. */
+    double k_bits;
+    /** The same of V. */
+    double v_bits;
 } fkv_profile_info;
 
 /**
@@ -512,6 +575,26 @@ FKV_API fkv_status fkv_profile_create_fourier(fkv_context *ctx, const fkv_model_
                                               const fkv_fourier_params *fourier,
                                               const uint8_t *k_mask, const uint8_t *v_mask,
                                               size_t mask_bytes, fkv_profile **out);
+/**
+ * A calibrated profile. k_bits and v_bits are [n_layers, Hk, D] bytes, each a fkv_channel_code but
+ * FOURIER; bits_bytes is the size of each. k_carrier and v_carrier are [n_layers, Hk, D] floats, the
+ * means of K before RoPE and of V, at most 32768 in size; carrier_count is the number of floats in each.
+ * Either or both may be NULL, which stands for zeros; both NULL: carrier_count 0. Everything is copied.
+ * Ownership as above. Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1.
+ */
+FKV_API fkv_status fkv_profile_create_coded(fkv_context *ctx, const fkv_model_params *model,
+                                            const fkv_codec_params *codec, const uint8_t *k_bits,
+                                            const uint8_t *v_bits, size_t bits_bytes,
+                                            const float *k_carrier, const float *v_carrier,
+                                            size_t carrier_count, fkv_profile **out);
+/**
+ * A calibrated profile without carriers in which every channel has the same `bits`, a fkv_channel_code
+ * but FOURIER: a plain low-bit cache, to compare with. Ownership as above.
+ * Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1.
+ */
+FKV_API fkv_status fkv_profile_create_uniform(fkv_context *ctx, const fkv_model_params *model,
+                                              const fkv_codec_params *codec, int32_t bits,
+                                              fkv_profile **out);
 /**
  * A Fourier profile from channel lists as published with FourierAttention, in either layout: plain
  * ("self_attn.k_proj", ascending error) or split by head ("kc_list", "kc_h_list", ...). `fraction` in
@@ -549,6 +632,19 @@ FKV_API fkv_status fkv_profile_query(fkv_profile *profile, fkv_profile_info *inf
  */
 FKV_API fkv_status fkv_profile_channels(fkv_profile *profile, int32_t layer, fkv_part part,
                                         uint8_t *codes, size_t bytes);
+/**
+ * Writes the carriers of a layer's K or V: [Hk, D] floats, zeros unless the profile is calibrated;
+ * `count` is the number of floats at `carriers`. Errors: HANDLE, INVALID (layer, part), BUFFER.
+ * Since 0.1.
+ */
+FKV_API fkv_status fkv_profile_carriers(fkv_profile *profile, int32_t layer, fkv_part part,
+                                        float *carriers, size_t count);
+/**
+ * Whether a profile is of this model: geometry, RoPE (frequencies to a relative 1e-6) and softmax scale
+ * must agree, and the id unless either is empty. A profile loaded from a file should be checked so.
+ * Errors: HANDLE, INVALID, MISMATCH (the message names the field). Since 0.1.
+ */
+FKV_API fkv_status fkv_profile_match(fkv_profile *profile, const fkv_model_params *model);
 /** Ends the handle; caches made from the profile keep it. Errors: HANDLE, BUSY. Since 0.1. */
 FKV_API fkv_status fkv_profile_destroy(fkv_profile *profile);
 
@@ -652,7 +748,7 @@ typedef struct fkv_sequence_params {
     int32_t reserved;
     /**
      * Period T of the Fourier coding, in tokens: for best quality, just above the length that the
-     * sequence will have, less sinks and local tokens. 0: the profile's. Ignored by exact profiles.
+     * sequence will have, less sinks and local tokens. 0: the profile's. Ignored by other profiles.
      */
     int64_t period;
 } fkv_sequence_params;
@@ -673,7 +769,7 @@ typedef struct fkv_stats {
     uint64_t tokens;
     /** Of these, tokens held exactly in all channels (layer 0). */
     uint64_t tokens_exact;
-    /** Of these, tokens of the coded middle (layer 0). */
+    /** Of these, tokens of the coded middle (layer 0): in segments or in sealed blocks. */
     uint64_t tokens_coded;
     /** Everything below together. */
     uint64_t bytes;
@@ -694,6 +790,10 @@ typedef struct fkv_stats {
      * bytes - bytes_shared. For one sequence this looks at every page. Since 0.1.
      */
     uint64_t bytes_shared;
+    /** Calibrated: residuals and exact channels of sealed blocks. */
+    uint64_t bytes_blocks;
+    /** Calibrated: scales and zero points of sealed blocks. */
+    uint64_t bytes_scales;
 } fkv_stats;
 
 /** Fills *params with the defaults. Errors: INVALID. */
@@ -728,7 +828,7 @@ FKV_API fkv_status fkv_sequence_fork(fkv_cache *cache, fkv_sequence sequence, fk
  *     from fkv_sequence_crop_limit() on, every one;
  *     up to the number of sinks, every one;
  *     between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded
- *     down). What remains coded then stays so, with no local window behind it until tokens are appended.
+ *     down); with a calibrated profile those of its blocks: the number of sinks + i * block. What remains coded then stays so, with no local window behind it until tokens are appended.
  * Any other is STATE, the message names the smallest length of the first kind and the nearest below.
  *
  * To take back draft tokens, append them and crop: right after an append, the last n_local tokens can

@@ -88,6 +88,65 @@ struct fkv_taps {
     void name(float *zr, float *zi, const float *xr, const float *xi, const float *cr,             \
               const float *ci, int points)
 
+/*
+ * Packed residuals. A tile's channels are sorted by bits: 8, 4, 3, then 2; counts[4] says how many there are
+ * of each, and arrays of one number per channel are in the same order. Codes are read and written exactly,
+ * without padding; a channel takes 8 bytes for every bit.
+ *
+ *   keys     one channel after another; the codes x[64] of a channel are
+ *            8 bits: byte t = x[t]        4 bits: 16-bit word i = x[i] | x[16+i] << 4 | x[32+i] << 8 | x[48+i] << 12
+ *            2 bits: byte i = x[i] | x[16+i] << 2 | x[32+i] << 4 | x[48+i] << 6
+ *            3 bits: the low two bits as above, then four 16-bit words of high bits: bit i of word v is of x[16v+i]
+ *   values   for each class, 32-bit words [64 / S][channels]: the codes of S tokens of one channel, the first one
+ *            in the lowest bits. 8 bits: S = 4; 4 bits: S = 8; 2 bits: S = 16; 3 bits: the low two bits as above,
+ *            then the high bits with S = 32
+ */
+#define FKV_N_PACKED 4
+/* s[r][t] = (add ? s[r][t] : 0) + (base[r] + sum_c q[r][c] * x[c][t]), t = 0..63. next as in SCORES; bytes are
+ * those of the panel. */
+#define FKV_DECL_SCORES_PACKED(name)                                                               \
+    void name(float *s, ptrdiff_t s_stride, const float *q, ptrdiff_t q_stride, const float *base, \
+              const void *k, const uint16_t counts[FKV_N_PACKED], int rows, int add,               \
+              const void *next)
+/* o[r][c] += scale[c] * sum_{t < tokens} p[r][t] * x[t][c] + zero[c] * sum_{t < tokens} p[r][t]; scale and
+ * zero are f16, read exactly; tokens 0..64. */
+#define FKV_DECL_WEIGH_PACKED(name)                                                                \
+    void name(float *o, ptrdiff_t o_stride, const float *p, ptrdiff_t p_stride, const void *v,     \
+              const uint16_t counts[FKV_N_PACKED], const uint16_t *scale, const uint16_t *zero,    \
+              int tokens, int rows, const void *next)
+/* y[r][c] = q[r][c] * scale[c]; base[r] = sum_c q[r][c] * zero[c]. f16 as above. */
+#define FKV_DECL_FOLD(name)                                                                        \
+    void name(float *y, ptrdiff_t y_stride, float *base, const float *q, ptrdiff_t q_stride,       \
+              const uint16_t *scale, const uint16_t *zero, int channels, int rows)
+/*
+ * Codes of `bits` (8, 4, 3 or 2) for the 64 * tiles tokens of each of `channels` channels, which share a scale and
+ * a zero point: zero is the least value rounded down to f16, scale the range over 2^bits - 1 rounded up, so that
+ * zero + scale * code is within scale / 2 of every value. A constant series has scale 0 and zero rounded to
+ * nearest; one with a value that is not finite has zero NaN and codes 0. Codes of tile i go to codes + i *
+ * tile_bytes. keys: x[c][t]; values: x[t][c].
+ */
+#define FKV_DECL_CODE(name)                                                                        \
+    void name(void *codes, ptrdiff_t tile_bytes, uint16_t *scale, uint16_t *zero, const float *x,  \
+              ptrdiff_t x_stride, int bits, int channels, int tiles)
+/* x[t] = k[t] - (u * c[t] + v * s[t]), t = 0..63 */
+#define FKV_DECL_UNCARRY(name)                                                                     \
+    void name(float *x, const void *k, const float *c, const float *s, float u, float v)
+/* x[t][i] = v[t][list[i]] - carrier[list[i]], t = 0..63, i < count; v has `dims` channels */
+#define FKV_DECL_GATHER(name)                                                                      \
+    void name(float *x, ptrdiff_t x_stride, const void *v, int dims, const uint8_t *list,          \
+              int count, const float *carrier)
+/*
+ * The carriers' scores of a tile are, with t counted from its middle, sum_j a'_j cos w_j t + b'_j sin w_j t, where
+ * a' = a c + b s and b' = b c - a s turn the weights to the tile's position. Rows of weights are a[pairs], then b,
+ * `half` later. The first `fast` pairs go to y as they are, a' at [0, fast), b' at [fast, 2 fast). The others
+ * become 16 Chebyshev coefficients at y[2 fast..], coefficient m being the sum over j of (m even ? a'_j : b'_j) *
+ * project[j][m].
+ */
+#define FKV_CHEBYSHEV 16
+#define FKV_DECL_CARRY(name)                                                                       \
+    void name(float *y, ptrdiff_t y_stride, const float *weights, ptrdiff_t w_stride, int half,    \
+              const float *c, const float *s, const float *project, int pairs, int fast, int rows)
+
 typedef FKV_DECL_SCORES((*fkv_scores_fn));
 typedef FKV_DECL_WEIGH((*fkv_weigh_fn));
 typedef FKV_DECL_SOFTMAX((*fkv_softmax_fn));
@@ -100,6 +159,13 @@ typedef FKV_DECL_WIDEN((*fkv_widen_fn));
 typedef FKV_DECL_NARROW((*fkv_narrow_fn));
 typedef FKV_DECL_FFT_PASS((*fkv_fft_pass_fn));
 typedef FKV_DECL_ROTATE((*fkv_rotate_fn));
+typedef FKV_DECL_SCORES_PACKED((*fkv_scores_packed_fn));
+typedef FKV_DECL_WEIGH_PACKED((*fkv_weigh_packed_fn));
+typedef FKV_DECL_FOLD((*fkv_fold_fn));
+typedef FKV_DECL_CODE((*fkv_code_fn));
+typedef FKV_DECL_UNCARRY((*fkv_uncarry_fn));
+typedef FKV_DECL_GATHER((*fkv_gather_fn));
+typedef FKV_DECL_CARRY((*fkv_carry_fn));
 
 /* Slots by storage type; contract, expand and accumulate exist for F32 and F16 (BF16 slots are filled
  * too, so that no slot is ever NULL). */
@@ -116,6 +182,13 @@ struct fkv_kernels {
     fkv_narrow_fn narrow[FKV_N_STORE];
     fkv_fft_pass_fn fft_pass;
     fkv_rotate_fn rotate;
+    fkv_scores_packed_fn scores_packed;
+    fkv_weigh_packed_fn weigh_packed;
+    fkv_fold_fn fold;
+    fkv_code_fn code_keys, code_values;
+    fkv_uncarry_fn uncarry[FKV_N_STORE];
+    fkv_gather_fn gather[FKV_N_STORE];
+    fkv_carry_fn carry;
 };
 
 /* Fills every slot for a level (never BEST): the reference first, then overrides upwards. */
@@ -124,6 +197,8 @@ void fkv_kernels_init(struct fkv_kernels *k, fkv_cpu_level level);
 fkv_cpu_level fkv_cpu_best_level(void);
 
 void fkv_kernels_init_ref(struct fkv_kernels *k);
+/* ref/packed_ref.c: the kernels of packed residuals */
+void fkv_packed_init_ref(struct fkv_kernels *k);
 #ifdef FKV_HAVE_AVX2
 void fkv_kernels_init_avx2(struct fkv_kernels *k);
 #endif

@@ -73,3 +73,88 @@ fkv_status fkv_json_parse(struct fkv_ctx *ctx, const char *text, size_t bytes, j
     *root = value;
     return FKV_OK;
 }
+
+/* ---- members of objects */
+
+json_t *fkv_json_member(struct fkv_reader *r, const json_t *object, const char *place,
+                        const char *key, json_type type) {
+    json_t *value = r->status == FKV_OK ? json_object_get(object, key) : NULL;
+    if (r->status != FKV_OK) {
+        return NULL;
+    }
+    if (!value) {
+        FKV_JSON_FAIL(r, "%s%s: missing", place, key);
+        return NULL;
+    }
+    static const char *const expected[] = {"an object", "an array", "a string", "an integer",
+                                           "a number"};
+    if (json_typeof(value) != type && !(type == JSON_REAL && json_is_integer(value))) {
+        FKV_JSON_FAIL(r, "%s%s: %s, expected %s", place, key, fkv_json_type(value), expected[type]);
+        return NULL;
+    }
+    return value;
+}
+
+void fkv_json_only_keys(struct fkv_reader *r, json_t *object, const char *place,
+                        const char *const *known, size_t count) {
+    const char *key;
+    json_t *value;
+    if (r->status != FKV_OK) {
+        return;
+    }
+    json_object_foreach(object, key, value) {
+        bool found = false;
+        for (size_t i = 0; i < count; i++) {
+            found = found || strcmp(key, known[i]) == 0;
+        }
+        if (!found) {
+            FKV_JSON_FAIL(r, "%s%.60s: unknown key", place, key);
+            return;
+        }
+    }
+}
+
+int64_t fkv_json_int(struct fkv_reader *r, const json_t *object, const char *place,
+                     const char *key) {
+    return json_integer_value(fkv_json_member(r, object, place, key, JSON_INTEGER));
+}
+
+int32_t fkv_json_int32(struct fkv_reader *r, const json_t *object, const char *place,
+                       const char *key) {
+    int64_t value = fkv_json_int(r, object, place, key);
+    if (value < INT32_MIN || value > INT32_MAX) {
+        FKV_JSON_FAIL(r, "%s%s: %" PRId64 " is out of range", place, key, value);
+        return 0;
+    }
+    return (int32_t)value;
+}
+
+double fkv_json_real(struct fkv_reader *r, const json_t *object, const char *place,
+                     const char *key) {
+    return json_number_value(fkv_json_member(r, object, place, key, JSON_REAL));
+}
+
+int32_t fkv_json_name(struct fkv_reader *r, const json_t *object, const char *place,
+                      const char *key, const char *const *names, size_t count) {
+    const char *name = json_string_value(fkv_json_member(r, object, place, key, JSON_STRING));
+    if (!name) {
+        return 0;
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (names[i] && strcmp(name, names[i]) == 0) {
+            return (int32_t)i;
+        }
+    }
+    FKV_JSON_FAIL(r, "%s%s: unknown name \"%.60s\"", place, key, name);
+    return 0;
+}
+
+json_t *fkv_json_heads(struct fkv_reader *r, const struct fkv_model *m, const json_t *layer,
+                       const char *place, const char *key) {
+    json_t *heads = fkv_json_member(r, layer, place, key, JSON_ARRAY);
+    if (r->status == FKV_OK && json_array_size(heads) != (size_t)m->n_kv_heads) {
+        FKV_JSON_FAIL(r, "%s%s: %zu entries, expected %d", place, key, json_array_size(heads),
+                      m->n_kv_heads);
+    }
+    return r->status == FKV_OK ? heads : NULL;
+}

@@ -13,15 +13,10 @@
 
 /* ---- geometry */
 
-struct range {
-    const char *name;
-    int64_t value, least, most;
-};
-
-static fkv_status check_ranges(struct fkv_ctx *ctx, fkv_status error, const char *place,
-                               const struct range *ranges, size_t count) {
+fkv_status fkv_check_ranges(struct fkv_ctx *ctx, fkv_status error, const char *place,
+                            const struct fkv_range *ranges, size_t count) {
     for (size_t i = 0; i < count; i++) {
-        const struct range *r = &ranges[i];
+        const struct fkv_range *r = &ranges[i];
         if (r->value < r->least || r->value > r->most) {
             return fkv_fail(ctx, error, "%s.%s: %lld is outside %lld..%lld", place, r->name,
                             (long long)r->value, (long long)r->least, (long long)r->most);
@@ -31,7 +26,7 @@ static fkv_status check_ranges(struct fkv_ctx *ctx, fkv_status error, const char
 }
 
 static fkv_status check_geometry(struct fkv_ctx *ctx, fkv_status error, const fkv_model_params *p) {
-    const struct range ranges[] = {
+    const struct fkv_range ranges[] = {
         {"n_layers", p->n_layers, 1, MAX_LAYERS},
         {"n_q_heads", p->n_q_heads, 1, MAX_HEADS},
         {"n_kv_heads", p->n_kv_heads, 1, p->n_q_heads},
@@ -39,7 +34,8 @@ static fkv_status check_geometry(struct fkv_ctx *ctx, fkv_status error, const fk
         {"rope_layout", p->rope_layout, FKV_ROPE_NONE, FKV_ROPE_INTERLEAVED},
         {"rope_dim", p->rope_dim, 0, p->rope_layout == FKV_ROPE_NONE ? 0 : p->head_dim},
     };
-    fkv_status status = check_ranges(ctx, error, "model", ranges, sizeof ranges / sizeof ranges[0]);
+    fkv_status status =
+        fkv_check_ranges(ctx, error, "model", ranges, sizeof ranges / sizeof ranges[0]);
     if (status != FKV_OK) {
         return status;
     }
@@ -217,7 +213,7 @@ void fkv_fourier_defaults(fkv_fourier_params *fourier) {
 
 fkv_status fkv_fourier_check(struct fkv_ctx *ctx, fkv_status error, const char *place,
                              fkv_fourier_params *f) {
-    const struct range ranges[] = {
+    const struct fkv_range ranges[] = {
         {"storage_dtype", f->storage_dtype, FKV_DTYPE_F32, FKV_DTYPE_BF16},
         {"coefficient_dtype", f->coefficient_dtype, FKV_DTYPE_F32, FKV_DTYPE_F16},
         {"bins", f->bins, 1, MAX_BINS},
@@ -228,7 +224,8 @@ fkv_status fkv_fourier_check(struct fkv_ctx *ctx, fkv_status error, const char *
         {"period", f->period, MIN_PERIOD, MAX_PERIOD},
         {"min_middle", f->min_middle, 0, MAX_PERIOD},
     };
-    fkv_status status = check_ranges(ctx, error, place, ranges, sizeof ranges / sizeof ranges[0]);
+    fkv_status status =
+        fkv_check_ranges(ctx, error, place, ranges, sizeof ranges / sizeof ranges[0]);
     if (status == FKV_OK && f->min_middle == 0) {
         f->min_middle = 2 * (int64_t)f->bins;
     }
@@ -269,6 +266,7 @@ void fkv_profile_unref(struct fkv_profile_object *profile) {
     }
     struct fkv_ctx *ctx = profile->ctx;
     fkv_heap_free(&ctx->heap, profile->channels, channels_bytes(&profile->model));
+    fkv_profile_free_coded(profile);
     fkv_model_free(ctx, &profile->model);
     fkv_heap_free(&ctx->heap, profile, sizeof *profile);
     fkv_ctx_unref(ctx);

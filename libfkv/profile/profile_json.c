@@ -1,136 +1,53 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* docs/formats.md describes what is read and written here. */
-#define _GNU_SOURCE
 #include "profile/json.h"
-#include "profile/profile.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #define FORMAT_NAME "fkv-profile"
-#define FORMAT_VERSION 1
+/* Version 2 has calibrated profiles. What version 1 can say is still written as version 1. */
+#define FORMAT_VERSION 2
 
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 /* Indices are the values of the enums in fkv.h. */
 static const char *const dtype_names[] = {NULL, "f32", "f16", "bf16"};
 static const char *const rope_names[] = {"none", "half_split", "interleaved"};
-static const char *const coding_names[] = {"exact", "fourier"};
+static const char *const coding_names[] = {"exact", "fourier", "calibrated"};
+static const char *const domain_names[] = {"rotated", "unrotated"};
 static const char *const restoration_names[] = {"least_squares", "authors"};
 static const char *const outgrow_names[] = {"segment", "error"};
 
 /* ---- reading. The first error stays; after it every function returns nothing. */
 
-struct reader {
-    struct fkv_ctx *ctx;
-    fkv_status status;
-};
-
-#define FAIL(r, ...) ((r)->status = fkv_fail((r)->ctx, FKV_ERR_FORMAT, __VA_ARGS__))
-
-/* place: "" or the path of `object` with a final dot. NULL if missing or of another type. */
-static json_t *member(struct reader *r, const json_t *object, const char *place, const char *key,
-                      json_type type) {
-    json_t *value = r->status == FKV_OK ? json_object_get(object, key) : NULL;
-    if (r->status != FKV_OK) {
-        return NULL;
-    }
-    if (!value) {
-        FAIL(r, "%s%s: missing", place, key);
-        return NULL;
-    }
-    static const char *const expected[] = {"an object", "an array", "a string", "an integer",
-                                           "a number"};
-    if (json_typeof(value) != type && !(type == JSON_REAL && json_is_integer(value))) {
-        FAIL(r, "%s%s: %s, expected %s", place, key, fkv_json_type(value), expected[type]);
-        return NULL;
-    }
-    return value;
-}
-
-static void only_keys(struct reader *r, json_t *object, const char *place, const char *const *known,
-                      size_t count) {
-    const char *key;
-    json_t *value;
-    if (r->status != FKV_OK) {
-        return;
-    }
-    json_object_foreach(object, key, value) {
-        bool found = false;
-        for (size_t i = 0; i < count; i++) {
-            found = found || strcmp(key, known[i]) == 0;
-        }
-        if (!found) {
-            FAIL(r, "%s%.60s: unknown key", place, key);
-            return;
-        }
-    }
-}
-
-static int64_t read_int(struct reader *r, const json_t *object, const char *place,
-                        const char *key) {
-    return json_integer_value(member(r, object, place, key, JSON_INTEGER));
-}
-
-static int32_t read_int32(struct reader *r, const json_t *object, const char *place,
-                          const char *key) {
-    int64_t value = read_int(r, object, place, key);
-    if (value < INT32_MIN || value > INT32_MAX) {
-        FAIL(r, "%s%s: %" PRId64 " is out of range", place, key, value);
-        return 0;
-    }
-    return (int32_t)value;
-}
-
-static double read_real(struct reader *r, const json_t *object, const char *place,
-                        const char *key) {
-    return json_number_value(member(r, object, place, key, JSON_REAL));
-}
-
-static int32_t read_name(struct reader *r, const json_t *object, const char *place, const char *key,
-                         const char *const *names, size_t count) {
-    const char *name = json_string_value(member(r, object, place, key, JSON_STRING));
-    if (!name) {
-        return 0;
-    }
-    for (size_t i = 0; i < count; i++) {
-        if (names[i] && strcmp(name, names[i]) == 0) {
-            return (int32_t)i;
-        }
-    }
-    FAIL(r, "%s%s: unknown name \"%.60s\"", place, key, name);
-    return 0;
-}
-
-static void read_header(struct reader *r, json_t *root) {
-    const char *format = json_string_value(member(r, root, "", "format", JSON_STRING));
+static int64_t read_header(struct fkv_reader *r, json_t *root) {
+    const char *format = json_string_value(fkv_json_member(r, root, "", "format", JSON_STRING));
     if (format && strcmp(format, FORMAT_NAME) != 0) {
-        FAIL(r, "format: \"%.60s\", expected \"%s\"", format, FORMAT_NAME);
+        FKV_JSON_FAIL(r, "format: \"%.60s\", expected \"%s\"", format, FORMAT_NAME);
     }
-    int64_t version = read_int(r, root, "", "version");
-    if (r->status == FKV_OK && version != FORMAT_VERSION) {
-        r->status = fkv_fail(r->ctx, FKV_ERR_VERSION, "version: %" PRId64 ", this library reads %d",
-                             version, FORMAT_VERSION);
+    int64_t version = fkv_json_int(r, root, "", "version");
+    if (r->status == FKV_OK && (version < 1 || version > FORMAT_VERSION)) {
+        r->status =
+            fkv_fail(r->ctx, FKV_ERR_VERSION, "version: %" PRId64 ", this library reads 1 to %d",
+                     version, FORMAT_VERSION);
     }
+    return version;
 }
 
-static void read_inv_freq(struct reader *r, const json_t *object, fkv_model_params *p,
+static void read_inv_freq(struct fkv_reader *r, const json_t *object, fkv_model_params *p,
                           double inv_freq[FKV_MAX_HEAD_DIM / 2]) {
-    json_t *array = member(r, object, "model.", "inv_freq", JSON_ARRAY);
+    json_t *array = fkv_json_member(r, object, "model.", "inv_freq", JSON_ARRAY);
     size_t n = json_array_size(array);
     if (n > FKV_MAX_HEAD_DIM / 2) {
-        FAIL(r, "model.inv_freq: %zu entries, at most %d", n, FKV_MAX_HEAD_DIM / 2);
+        FKV_JSON_FAIL(r, "model.inv_freq: %zu entries, at most %d", n, FKV_MAX_HEAD_DIM / 2);
         return;
     }
     for (size_t i = 0; i < n; i++) {
         const json_t *value = json_array_get(array, i);
         if (!json_is_number(value)) {
-            FAIL(r, "model.inv_freq[%zu]: %s, expected a number", i, fkv_json_type(value));
+            FKV_JSON_FAIL(r, "model.inv_freq[%zu]: %s, expected a number", i, fkv_json_type(value));
             return;
         }
         inv_freq[i] = json_number_value(value);
@@ -139,84 +56,119 @@ static void read_inv_freq(struct reader *r, const json_t *object, fkv_model_para
     p->inv_freq_count = (int32_t)n;
 }
 
-static void read_model(struct reader *r, const json_t *root, struct fkv_model *model) {
+static void read_model(struct fkv_reader *r, const json_t *root, struct fkv_model *model) {
     static const char *const keys[] = {"id",           "n_layers",     "n_q_heads", "n_kv_heads",
                                        "head_dim",     "rope_layout",  "rope_dim",  "inv_freq",
                                        "rope_scaling", "softmax_scale"};
-    json_t *object = member(r, root, "", "model", JSON_OBJECT);
+    json_t *object = fkv_json_member(r, root, "", "model", JSON_OBJECT);
     double inv_freq[FKV_MAX_HEAD_DIM / 2];
     const char *place = "model.";
-    only_keys(r, object, place, keys, COUNT(keys));
+    fkv_json_only_keys(r, object, place, keys, COUNT(keys));
     fkv_model_params p = {.struct_size = sizeof p};
-    p.model_id = json_string_value(member(r, object, place, "id", JSON_STRING));
-    p.n_layers = read_int32(r, object, place, "n_layers");
-    p.n_q_heads = read_int32(r, object, place, "n_q_heads");
-    p.n_kv_heads = read_int32(r, object, place, "n_kv_heads");
-    p.head_dim = read_int32(r, object, place, "head_dim");
-    p.rope_layout = read_name(r, object, place, "rope_layout", rope_names, COUNT(rope_names));
-    p.rope_dim = read_int32(r, object, place, "rope_dim");
+    p.model_id = json_string_value(fkv_json_member(r, object, place, "id", JSON_STRING));
+    p.n_layers = fkv_json_int32(r, object, place, "n_layers");
+    p.n_q_heads = fkv_json_int32(r, object, place, "n_q_heads");
+    p.n_kv_heads = fkv_json_int32(r, object, place, "n_kv_heads");
+    p.head_dim = fkv_json_int32(r, object, place, "head_dim");
+    p.rope_layout = fkv_json_name(r, object, place, "rope_layout", rope_names, COUNT(rope_names));
+    p.rope_dim = fkv_json_int32(r, object, place, "rope_dim");
     read_inv_freq(r, object, &p, inv_freq);
-    p.rope_scaling = read_real(r, object, place, "rope_scaling");
-    p.softmax_scale = read_real(r, object, place, "softmax_scale");
+    p.rope_scaling = fkv_json_real(r, object, place, "rope_scaling");
+    p.softmax_scale = fkv_json_real(r, object, place, "softmax_scale");
     if (r->status == FKV_OK) {
         r->status = fkv_model_build(r->ctx, FKV_ERR_FORMAT, &p, model);
     }
 }
 
-static void read_coding(struct reader *r, const json_t *root, fkv_coding *coding,
-                        fkv_fourier_params *fourier) {
+/* How channels are held; of fourier and codec the one that `coding` names is filled. */
+struct coding {
+    fkv_coding kind;
+    fkv_dtype storage;
+    fkv_fourier_params fourier;
+    fkv_codec_params codec;
+};
+
+static void read_fourier_coding(struct fkv_reader *r, json_t *object, const char *place,
+                                struct coding *coding) {
     static const char *const keys[] = {"kind",   "storage",   "coefficients", "bins",
                                        "n_sink", "n_local",   "restoration",  "outgrow",
                                        "period", "min_middle"};
-    const char *place = "coding.";
-    json_t *object = member(r, root, "", "coding", JSON_OBJECT);
-    *coding = read_name(r, object, place, "kind", coding_names, COUNT(coding_names));
-    bool exact = *coding == FKV_CODING_EXACT;
-    only_keys(r, object, place, keys, exact ? 2 : COUNT(keys));
-    memset(fourier, 0, sizeof *fourier);
+    fkv_fourier_params *fourier = &coding->fourier;
+    fkv_json_only_keys(r, object, place, keys, COUNT(keys));
     fourier->struct_size = sizeof *fourier;
-    fourier->storage_dtype =
-        read_name(r, object, place, "storage", dtype_names, COUNT(dtype_names));
-    if (exact) {
-        return;
-    }
+    fourier->storage_dtype = coding->storage;
     fourier->coefficient_dtype =
-        read_name(r, object, place, "coefficients", dtype_names, COUNT(dtype_names));
-    fourier->bins = read_int32(r, object, place, "bins");
-    fourier->n_sink = read_int32(r, object, place, "n_sink");
-    fourier->n_local = read_int32(r, object, place, "n_local");
+        fkv_json_name(r, object, place, "coefficients", dtype_names, COUNT(dtype_names));
+    fourier->bins = fkv_json_int32(r, object, place, "bins");
+    fourier->n_sink = fkv_json_int32(r, object, place, "n_sink");
+    fourier->n_local = fkv_json_int32(r, object, place, "n_local");
     fourier->restoration =
-        read_name(r, object, place, "restoration", restoration_names, COUNT(restoration_names));
-    fourier->outgrow = read_name(r, object, place, "outgrow", outgrow_names, COUNT(outgrow_names));
-    fourier->period = read_int(r, object, place, "period");
-    fourier->min_middle = read_int(r, object, place, "min_middle");
+        fkv_json_name(r, object, place, "restoration", restoration_names, COUNT(restoration_names));
+    fourier->outgrow =
+        fkv_json_name(r, object, place, "outgrow", outgrow_names, COUNT(outgrow_names));
+    fourier->period = fkv_json_int(r, object, place, "period");
+    fourier->min_middle = fkv_json_int(r, object, place, "min_middle");
     if (r->status == FKV_OK) {
         r->status = fkv_fourier_check(r->ctx, FKV_ERR_FORMAT, "coding", fourier);
     }
 }
 
+static void read_calibrated_coding(struct fkv_reader *r, json_t *object, const char *place,
+                                   struct coding *coding) {
+    static const char *const keys[] = {"kind",   "storage", "group",  "block",
+                                       "n_sink", "n_local", "domain", "spectral_bins"};
+    fkv_codec_params *codec = &coding->codec;
+    fkv_json_only_keys(r, object, place, keys, COUNT(keys));
+    codec->struct_size = sizeof *codec;
+    codec->storage_dtype = coding->storage;
+    codec->group = fkv_json_int32(r, object, place, "group");
+    codec->block = fkv_json_int32(r, object, place, "block");
+    codec->n_sink = fkv_json_int32(r, object, place, "n_sink");
+    codec->n_local = fkv_json_int32(r, object, place, "n_local");
+    codec->domain = fkv_json_name(r, object, place, "domain", domain_names, COUNT(domain_names));
+    codec->spectral_bins = fkv_json_int32(r, object, place, "spectral_bins");
+    if (r->status == FKV_OK) {
+        r->status = fkv_codec_check(r->ctx, FKV_ERR_FORMAT, "coding", codec);
+    }
+}
+
+static void read_coding(struct fkv_reader *r, const json_t *root, int64_t version,
+                        struct coding *coding) {
+    static const char *const exact_keys[] = {"kind", "storage"};
+    const char *place = "coding.";
+    json_t *object = fkv_json_member(r, root, "", "coding", JSON_OBJECT);
+    memset(coding, 0, sizeof *coding);
+    coding->kind = fkv_json_name(r, object, place, "kind", coding_names,
+                                 version == 1 ? FKV_CODING_CALIBRATED : COUNT(coding_names));
+    coding->storage = fkv_json_name(r, object, place, "storage", dtype_names, COUNT(dtype_names));
+    if (coding->kind == FKV_CODING_EXACT) {
+        fkv_json_only_keys(r, object, place, exact_keys, COUNT(exact_keys));
+    } else if (coding->kind == FKV_CODING_FOURIER) {
+        read_fourier_coding(r, object, place, coding);
+    } else {
+        read_calibrated_coding(r, object, place, coding);
+    }
+}
+
 /* One string for each KV head into mask[n_kv_heads][head_dim]. */
-static void read_heads(struct reader *r, const struct fkv_model *m, const json_t *layer,
+static void read_heads(struct fkv_reader *r, const struct fkv_model *m, const json_t *layer,
                        size_t index, const char *key, uint8_t *mask) {
     char place[64];
     snprintf(place, sizeof place, "layers[%zu].", index);
-    json_t *heads = member(r, layer, place, key, JSON_ARRAY);
-    if (r->status == FKV_OK && json_array_size(heads) != (size_t)m->n_kv_heads) {
-        FAIL(r, "%s%s: %zu entries, expected %d", place, key, json_array_size(heads),
-             m->n_kv_heads);
-    }
+    const json_t *heads = fkv_json_heads(r, m, layer, place, key);
     for (size_t h = 0; r->status == FKV_OK && h < (size_t)m->n_kv_heads; h++) {
         const json_t *string = json_array_get(heads, h);
         if (!json_is_string(string)) {
-            FAIL(r, "%s%s[%zu]: %s, expected a string", place, key, h, fkv_json_type(string));
+            FKV_JSON_FAIL(r, "%s%s[%zu]: %s, expected a string", place, key, h,
+                          fkv_json_type(string));
         } else if (json_string_length(string) != (size_t)m->head_dim) {
-            FAIL(r, "%s%s[%zu]: %zu characters, expected %d", place, key, h,
-                 json_string_length(string), m->head_dim);
+            FKV_JSON_FAIL(r, "%s%s[%zu]: %zu characters, expected %d", place, key, h,
+                          json_string_length(string), m->head_dim);
         }
         const char *codes = json_string_value(string);
         for (size_t d = 0; r->status == FKV_OK && d < (size_t)m->head_dim; d++) {
             if (codes[d] != 'x' && codes[d] != 'f') {
-                FAIL(r, "%s%s[%zu]: character %zu is neither x nor f", place, key, h, d);
+                FKV_JSON_FAIL(r, "%s%s[%zu]: character %zu is neither x nor f", place, key, h, d);
             }
             *mask++ = codes[d] == 'f';
         }
@@ -224,30 +176,30 @@ static void read_heads(struct reader *r, const struct fkv_model *m, const json_t
 }
 
 /* masks: K's [n_layers][n_kv_heads][head_dim], then V's. */
-static void read_layers(struct reader *r, const json_t *root, const struct fkv_model *m,
+static void read_layers(struct fkv_reader *r, const json_t *root, const struct fkv_model *m,
                         uint8_t *masks) {
     static const char *const keys[] = {"k", "v"};
     size_t per_layer = (size_t)m->n_kv_heads * (size_t)m->head_dim;
     size_t n_layers = (size_t)m->n_layers;
-    json_t *layers = member(r, root, "", "layers", JSON_ARRAY);
+    json_t *layers = fkv_json_member(r, root, "", "layers", JSON_ARRAY);
     if (r->status == FKV_OK && json_array_size(layers) != n_layers) {
-        FAIL(r, "layers: %zu entries, expected %zu", json_array_size(layers), n_layers);
+        FKV_JSON_FAIL(r, "layers: %zu entries, expected %zu", json_array_size(layers), n_layers);
     }
     for (size_t i = 0; r->status == FKV_OK && i < n_layers; i++) {
         json_t *layer = json_array_get(layers, i);
         char place[64];
         snprintf(place, sizeof place, "layers[%zu].", i);
         if (!json_is_object(layer)) {
-            FAIL(r, "layers[%zu]: %s, expected an object", i, fkv_json_type(layer));
+            FKV_JSON_FAIL(r, "layers[%zu]: %s, expected an object", i, fkv_json_type(layer));
             return;
         }
-        only_keys(r, layer, place, keys, COUNT(keys));
+        fkv_json_only_keys(r, layer, place, keys, COUNT(keys));
         read_heads(r, m, layer, i, "k", masks + i * per_layer);
         read_heads(r, m, layer, i, "v", masks + (n_layers + i) * per_layer);
     }
 }
 
-static void read_fourier(struct reader *r, const json_t *root, struct fkv_model *model,
+static void read_fourier(struct fkv_reader *r, const json_t *root, struct fkv_model *model,
                          const fkv_fourier_params *fourier, struct fkv_profile_object **out) {
     size_t n = (size_t)model->n_layers * (size_t)model->n_kv_heads * (size_t)model->head_dim;
     uint8_t *masks = fkv_heap_alloc(&r->ctx->heap, 2 * n);
@@ -265,7 +217,7 @@ static void read_fourier(struct reader *r, const json_t *root, struct fkv_model 
 fkv_status fkv_profile_from_json(struct fkv_ctx *ctx, const char *json, size_t bytes,
                                  struct fkv_profile_object **out) {
     static const char *const keys[] = {"format", "version", "model", "coding", "layers"};
-    struct reader r = {.ctx = ctx};
+    struct fkv_reader r = {.ctx = ctx};
     json_t *root = NULL;
     r.status = fkv_json_parse(ctx, json, bytes, &root);
     if (r.status != FKV_OK) {
@@ -273,17 +225,18 @@ fkv_status fkv_profile_from_json(struct fkv_ctx *ctx, const char *json, size_t b
     }
     struct fkv_model model;
     memset(&model, 0, sizeof model);
-    fkv_coding coding;
-    fkv_fourier_params fourier;
-    read_header(&r, root); /* first: other versions may have other keys */
-    read_coding(&r, root, &coding, &fourier);
-    only_keys(&r, root, "", keys, coding == FKV_CODING_EXACT ? 4 : 5);
+    struct coding coding;
+    int64_t version = read_header(&r, root); /* first: other versions may have other keys */
+    read_coding(&r, root, version, &coding);
+    fkv_json_only_keys(&r, root, "", keys, coding.kind == FKV_CODING_EXACT ? 4 : 5);
     read_model(&r, root, &model);
     if (r.status == FKV_OK) {
-        if (coding == FKV_CODING_EXACT) {
-            r.status = fkv_profile_new_exact(ctx, &model, fourier.storage_dtype, out);
+        if (coding.kind == FKV_CODING_EXACT) {
+            r.status = fkv_profile_new_exact(ctx, &model, coding.storage, out);
+        } else if (coding.kind == FKV_CODING_FOURIER) {
+            read_fourier(&r, root, &model, &coding.fourier, out);
         } else {
-            read_fourier(&r, root, &model, &fourier, out);
+            fkv_json_read_coded(&r, root, &model, &coding.codec, out);
         }
         if (r.status != FKV_OK) {
             fkv_model_free(ctx, &model);
@@ -315,6 +268,14 @@ static json_t *coding_tree(const struct fkv_profile_object *p) {
     if (p->coding == FKV_CODING_EXACT) {
         return json_pack("{s:s, s:s}", "kind", coding_names[p->coding], "storage",
                          dtype_names[p->storage_dtype]);
+    }
+    if (p->coding == FKV_CODING_CALIBRATED) {
+        const fkv_codec_params *c = &p->codec;
+        return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:s, s:i}", "kind",
+                         coding_names[p->coding], "storage", dtype_names[p->storage_dtype], "group",
+                         (int)c->group, "block", (int)c->block, "n_sink", (int)c->n_sink, "n_local",
+                         (int)c->n_local, "domain", domain_names[c->domain], "spectral_bins",
+                         (int)c->spectral_bins);
     }
     return json_pack("{s:s, s:s, s:s, s:i, s:i, s:i, s:s, s:s, s:I, s:I}", "kind",
                      coding_names[p->coding], "storage", dtype_names[p->storage_dtype],
@@ -355,11 +316,13 @@ static json_t *layers_tree(const struct fkv_profile_object *p) {
 }
 
 static json_t *profile_tree(const struct fkv_profile_object *p) {
+    const bool coded = p->coding == FKV_CODING_CALIBRATED;
     json_t *root =
-        json_pack("{s:s, s:i, s:o, s:o}", "format", FORMAT_NAME, "version", FORMAT_VERSION, "model",
+        json_pack("{s:s, s:i, s:o, s:o}", "format", FORMAT_NAME, "version", coded ? 2 : 1, "model",
                   model_tree(&p->model), "coding", coding_tree(p));
     if (root && p->coding != FKV_CODING_EXACT &&
-        json_object_set_new(root, "layers", layers_tree(p)) != 0) {
+        json_object_set_new(root, "layers", coded ? fkv_json_coded_layers(p) : layers_tree(p)) !=
+            0) {
         json_decref(root);
         return NULL;
     }
@@ -408,143 +371,4 @@ fkv_status fkv_profile_to_json(const struct fkv_profile_object *profile, char **
     *text = buffer;
     *bytes = n;
     return FKV_OK;
-}
-
-/* ---- files */
-
-static fkv_status fail_io(struct fkv_ctx *ctx, const char *path, const char *what, int error) {
-    char buffer[128];
-    return fkv_fail(ctx, FKV_ERR_IO, "%s: %s: %s", path, what,
-                    strerror_r(error, buffer, sizeof buffer));
-}
-
-/* The size of a file that is fit to be read. */
-static fkv_status check_file(struct fkv_ctx *ctx, const char *path, int fd, size_t *size) {
-    struct stat st;
-    if (fstat(fd, &st) != 0) {
-        return fail_io(ctx, path, "fstat", errno);
-    }
-    if (!S_ISREG(st.st_mode)) {
-        return fkv_fail(ctx, FKV_ERR_IO, "%s: not a regular file", path);
-    }
-    if ((uint64_t)st.st_size > ctx->max_file_bytes) {
-        return fkv_fail(ctx, FKV_ERR_LIMIT, "%s: %" PRId64 " bytes, max_file_bytes is %" PRIu64,
-                        path, (int64_t)st.st_size, ctx->max_file_bytes);
-    }
-    *size = (size_t)st.st_size;
-    return FKV_OK;
-}
-
-/* Up to `size` bytes; *got is less if the file has become shorter. */
-static fkv_status read_all(struct fkv_ctx *ctx, const char *path, int fd, char *buffer, size_t size,
-                           size_t *got) {
-    *got = 0;
-    while (*got < size) {
-        ssize_t n = read(fd, buffer + *got, size - *got);
-        if (n < 0 && errno != EINTR) {
-            return fail_io(ctx, path, "read", errno);
-        }
-        if (n == 0) {
-            break;
-        }
-        *got += n > 0 ? (size_t)n : 0;
-    }
-    return FKV_OK;
-}
-
-fkv_status fkv_profile_from_file(struct fkv_ctx *ctx, const char *path,
-                                 struct fkv_profile_object **out) {
-    /* non-blocking: opening a pipe must not wait for a writer */
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-    if (fd < 0) {
-        return fail_io(ctx, path, "open", errno);
-    }
-    size_t size = 0, got;
-    fkv_status status = check_file(ctx, path, fd, &size);
-    if (status == FKV_OK) {
-        char *text = fkv_heap_alloc(&ctx->heap, size + 1);
-        if (!text) {
-            status = fkv_fail_memory(ctx, size + 1, path);
-        } else {
-            status = read_all(ctx, path, fd, text, size, &got);
-            if (status == FKV_OK) {
-                status = fkv_profile_from_json(ctx, text, got, out);
-            }
-            fkv_heap_free(&ctx->heap, text, size + 1);
-        }
-    }
-    close(fd);
-    return status;
-}
-
-static int write_all(int fd, const char *text, size_t bytes) {
-    while (bytes > 0) {
-        ssize_t n = write(fd, text, bytes);
-        if (n < 0 && errno != EINTR) {
-            return errno;
-        }
-        if (n > 0) {
-            text += n;
-            bytes -= (size_t)n;
-        }
-    }
-    return fsync(fd) == 0 ? 0 : errno;
-}
-
-/* A new file beside `path`, its name in `temporary`; -1 with errno. */
-static int open_beside(const char *path, char *temporary, size_t room) {
-    const char *slash = strrchr(path, '/');
-    int directory = slash ? (int)(slash - path) + 1 : 0;
-    int fd = -1;
-    for (unsigned i = 0; i < 1000; i++) {
-        snprintf(temporary, room, "%.*s.fkv-%ld-%u.tmp", directory, path, (long)getpid(), i);
-        fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOCTTY, 0666);
-        if (fd >= 0 || errno != EEXIST) {
-            break;
-        }
-    }
-    return fd;
-}
-
-static fkv_status replace_file(struct fkv_ctx *ctx, const char *path, char *temporary, size_t room,
-                               const char *text, size_t bytes) {
-    struct stat st;
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode)) {
-        return fkv_fail(ctx, FKV_ERR_IO, "%s: not a regular file", path);
-    }
-    int fd = open_beside(path, temporary, room);
-    if (fd < 0) {
-        return fail_io(ctx, path, "create", errno);
-    }
-    const char *what = "write";
-    int error = write_all(fd, text, bytes);
-    if (close(fd) != 0 && error == 0) {
-        error = errno;
-    }
-    if (error == 0 && rename(temporary, path) != 0) {
-        what = "rename";
-        error = errno;
-    }
-    if (error != 0) {
-        unlink(temporary);
-        return fail_io(ctx, path, what, error);
-    }
-    return FKV_OK;
-}
-
-fkv_status fkv_profile_to_file(const struct fkv_profile_object *profile, const char *path) {
-    struct fkv_ctx *ctx = profile->ctx;
-    char *text;
-    size_t bytes;
-    fkv_status status = fkv_profile_to_json(profile, &text, &bytes);
-    if (status != FKV_OK) {
-        return status;
-    }
-    size_t room = strlen(path) + 64;
-    char *temporary = fkv_heap_alloc(&ctx->heap, room);
-    status = temporary ? replace_file(ctx, path, temporary, room, text, bytes)
-                       : fkv_fail_memory(ctx, room, path);
-    fkv_heap_free(&ctx->heap, temporary, room);
-    fkv_heap_free(&ctx->heap, text, bytes + 1);
-    return status;
 }

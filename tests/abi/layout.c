@@ -75,7 +75,17 @@ FIELD(fkv_fourier_params, outgrow, 28, 4);
 FIELD(fkv_fourier_params, period, 32, 8);
 FIELD(fkv_fourier_params, min_middle, 40, 8);
 
-SIZE(fkv_profile_info, 104);
+SIZE(fkv_codec_params, 32);
+FIELD(fkv_codec_params, struct_size, 0, 4);
+FIELD(fkv_codec_params, storage_dtype, 4, 4);
+FIELD(fkv_codec_params, group, 8, 4);
+FIELD(fkv_codec_params, block, 12, 4);
+FIELD(fkv_codec_params, n_sink, 16, 4);
+FIELD(fkv_codec_params, n_local, 20, 4);
+FIELD(fkv_codec_params, domain, 24, 4);
+FIELD(fkv_codec_params, spectral_bins, 28, 4);
+
+SIZE(fkv_profile_info, 136);
 FIELD(fkv_profile_info, struct_size, 0, 4);
 FIELD(fkv_profile_info, coding, 4, 4);
 FIELD(fkv_profile_info, n_layers, 8, 4);
@@ -97,6 +107,12 @@ FIELD(fkv_profile_info, min_middle, 72, 8);
 FIELD(fkv_profile_info, k_fourier_channels, 80, 8);
 FIELD(fkv_profile_info, v_fourier_channels, 88, 8);
 FIELD(fkv_profile_info, softmax_scale, 96, 8);
+FIELD(fkv_profile_info, group, 104, 4);
+FIELD(fkv_profile_info, block, 108, 4);
+FIELD(fkv_profile_info, domain, 112, 4);
+FIELD(fkv_profile_info, reserved2, 116, 4);
+FIELD(fkv_profile_info, k_bits, 120, 8);
+FIELD(fkv_profile_info, v_bits, 128, 8);
 
 SIZE(fkv_calibrator_params, 16);
 FIELD(fkv_calibrator_params, struct_size, 0, 4);
@@ -114,7 +130,7 @@ FIELD(fkv_sequence_params, struct_size, 0, 4);
 FIELD(fkv_sequence_params, reserved, 4, 4);
 FIELD(fkv_sequence_params, period, 8, 8);
 
-SIZE(fkv_stats, 104);
+SIZE(fkv_stats, 120);
 FIELD(fkv_stats, struct_size, 0, 4);
 FIELD(fkv_stats, reserved, 4, 4);
 FIELD(fkv_stats, sequences, 8, 8);
@@ -129,6 +145,8 @@ FIELD(fkv_stats, bytes_tables, 72, 8);
 FIELD(fkv_stats, dense_bytes, 80, 8);
 FIELD(fkv_stats, ratio, 88, 8);
 FIELD(fkv_stats, bytes_shared, 96, 8);
+FIELD(fkv_stats, bytes_blocks, 104, 8);
+FIELD(fkv_stats, bytes_scales, 112, 8);
 
 SIZE(fkv_batch, 40);
 FIELD(fkv_batch, struct_size, 0, 4);
@@ -175,10 +193,18 @@ VALUE(FKV_OUTGROW_SEGMENT, 0);
 VALUE(FKV_OUTGROW_ERROR, 1);
 VALUE(FKV_PART_K, 0);
 VALUE(FKV_PART_V, 1);
+VALUE(FKV_CHANNEL_CARRIER, 0);
 VALUE(FKV_CHANNEL_FOURIER, 1);
+VALUE(FKV_CHANNEL_2BIT, 2);
+VALUE(FKV_CHANNEL_3BIT, 3);
+VALUE(FKV_CHANNEL_4BIT, 4);
+VALUE(FKV_CHANNEL_8BIT, 8);
 VALUE(FKV_CHANNEL_EXACT, 16);
 VALUE(FKV_CODING_EXACT, 0);
 VALUE(FKV_CODING_FOURIER, 1);
+VALUE(FKV_CODING_CALIBRATED, 2);
+VALUE(FKV_DOMAIN_ROTATED, 0);
+VALUE(FKV_DOMAIN_UNROTATED, 1);
 VALUE(FKV_CRITERION_RESIDUAL, 0);
 VALUE(FKV_CRITERION_PUBLISHED, 1);
 

@@ -112,8 +112,9 @@ static const struct {
 } edits[] = {
     {"\"format\": \"fkv-profile\",", "", FKV_ERR_FORMAT, "format: missing"},
     {"fkv-profile", "fkv-cache", FKV_ERR_FORMAT, "format: \"fkv-cache\""},
-    {"\"version\": 1", "\"version\": 2", FKV_ERR_VERSION, "version: 2"},
-    {"\"version\": 1", "\"version\": 2, \"future\": 0", FKV_ERR_VERSION, "version: 2"},
+    {"\"version\": 1", "\"version\": 3", FKV_ERR_VERSION, "version: 3"},
+    {"\"version\": 1", "\"version\": 3, \"future\": 0", FKV_ERR_VERSION, "version: 3"},
+    {"\"version\": 1", "\"version\": 2", FKV_OK, ""},
     {"\"version\": 1", "\"version\": 1.0", FKV_ERR_FORMAT, "version: real, expected an integer"},
     {"\"version\": 1", "\"version\": 1, \"extra\": 0", FKV_ERR_FORMAT, "extra: unknown key"},
     {"\"version\": 1", "\"version\": 1, \"version\": 1", FKV_ERR_FORMAT, "duplicate"},

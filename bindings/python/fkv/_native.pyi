@@ -50,10 +50,18 @@ class _Lib:
     FKV_OUTGROW_ERROR: int
     FKV_PART_K: int
     FKV_PART_V: int
+    FKV_CHANNEL_CARRIER: int
     FKV_CHANNEL_FOURIER: int
+    FKV_CHANNEL_2BIT: int
+    FKV_CHANNEL_3BIT: int
+    FKV_CHANNEL_4BIT: int
+    FKV_CHANNEL_8BIT: int
     FKV_CHANNEL_EXACT: int
     FKV_CODING_EXACT: int
     FKV_CODING_FOURIER: int
+    FKV_CODING_CALIBRATED: int
+    FKV_DOMAIN_ROTATED: int
+    FKV_DOMAIN_UNROTATED: int
     FKV_CRITERION_RESIDUAL: int
     FKV_CRITERION_PUBLISHED: int
     def fkv_status_string(self, status: int) -> bytes | None:
@@ -105,6 +113,9 @@ class _Lib:
     def fkv_fourier_params_init(self, params: Any, struct_size: int) -> int:
         """Fills *params with the defaults above. Errors: INVALID."""
         ...
+    def fkv_codec_params_init(self, params: Any, struct_size: int) -> int:
+        """Fills *params with the defaults above. Errors: INVALID."""
+        ...
     def fkv_profile_create_exact(self, ctx: Any, model: Any, storage_dtype: int, out: Any) -> int:
         """A profile that holds everything exactly in `storage_dtype`. On success *out is the
         caller's, freed with fkv_profile_destroy(); on error *out is NULL. Errors: HANDLE,
@@ -117,6 +128,23 @@ class _Lib:
         compressed, 0 where it is kept; mask_bytes is the size of each. Keys are coded as
         attention sees them, that is after RoPE. Ownership as above. Errors: HANDLE, INVALID,
         NOMEM, LIMIT. Since 0.1.
+        """
+        ...
+    def fkv_profile_create_coded(self, ctx: Any, model: Any, codec: Any, k_bits: Any, v_bits: Any,
+            bits_bytes: int, k_carrier: Any, v_carrier: Any, carrier_count: int, out: Any) -> int:
+        """A calibrated profile. k_bits and v_bits are [n_layers, Hk, D] bytes, each a
+        fkv_channel_code but FOURIER; bits_bytes is the size of each. k_carrier and v_carrier
+        are [n_layers, Hk, D] floats, the means of K before RoPE and of V, at most 32768 in
+        size; carrier_count is the number of floats in each. Either or both may be NULL, which
+        stands for zeros; both NULL: carrier_count 0. Everything is copied. Ownership as above.
+        Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1.
+        """
+        ...
+    def fkv_profile_create_uniform(self, ctx: Any, model: Any, codec: Any, bits: int,
+            out: Any) -> int:
+        """A calibrated profile without carriers in which every channel has the same `bits`, a
+        fkv_channel_code but FOURIER: a plain low-bit cache, to compare with. Ownership as
+        above. Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1.
         """
         ...
     def fkv_profile_import_published(self, ctx: Any, model: Any, fourier: Any, json: bytes | None,
@@ -157,6 +185,20 @@ class _Lib:
             bytes: int) -> int:
         """Writes a fkv_channel_code for each channel of a layer's K or V: [Hk, D] bytes; `bytes`
         is the buffer's size. Errors: HANDLE, INVALID (layer, part), BUFFER. Since 0.1.
+        """
+        ...
+    def fkv_profile_carriers(self, profile: Any, layer: int, part: int, carriers: Any,
+            count: int) -> int:
+        """Writes the carriers of a layer's K or V: [Hk, D] floats, zeros unless the profile is
+        calibrated; `count` is the number of floats at `carriers`. Errors: HANDLE, INVALID
+        (layer, part), BUFFER. Since 0.1.
+        """
+        ...
+    def fkv_profile_match(self, profile: Any, model: Any) -> int:
+        """Whether a profile is of this model: geometry, RoPE (frequencies to a relative 1e-6) and
+        softmax scale must agree, and the id unless either is empty. A profile loaded from a
+        file should be checked so. Errors: HANDLE, INVALID, MISMATCH (the message names the
+        field). Since 0.1.
         """
         ...
     def fkv_profile_destroy(self, profile: Any) -> int:
@@ -238,7 +280,7 @@ class _Lib:
             from fkv_sequence_crop_limit() on, every one;
             up to the number of sinks, every one;
             between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded
-            down). What remains coded then stays so, with no local window behind it until tokens are appended.
+            down); with a calibrated profile those of its blocks: the number of sinks + i * block. What remains coded then stays so, with no local window behind it until tokens are appended.
         Any other is STATE, the message names the smallest length of the first kind and the nearest below.
 
         To take back draft tokens, append them and crop: right after an append, the last n_local

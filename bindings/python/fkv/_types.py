@@ -136,8 +136,18 @@ class Part(enum.IntEnum):
 class Channel(enum.IntEnum):
     """How one channel of the middle is held. fkv_profile_channels() writes these."""
 
+    CARRIER = 0
+    """Calibrated: as its carrier alone, which takes no bytes."""
     FOURIER = 1
     """Fourier coefficients over time."""
+    BIT2 = 2
+    """Calibrated: carrier and a residual of 2 bits per token."""
+    BIT3 = 3
+    """Carrier and a residual of 3 bits."""
+    BIT4 = 4
+    """Carrier and a residual of 4 bits."""
+    BIT8 = 8
+    """Carrier and a residual of 8 bits."""
     EXACT = 16
     """Exactly, in the storage type."""
 
@@ -149,6 +159,17 @@ class Coding(enum.IntEnum):
     """Every token and channel exactly."""
     FOURIER = 1
     """fkv_fourier_params."""
+    CALIBRATED = 2
+    """fkv_codec_params: carriers, and residuals of few bits."""
+
+
+class Domain(enum.IntEnum):
+    """Whether the calibrated coding holds keys with RoPE's rotation or without."""
+
+    ROTATED = 0
+    """Keys are held as attention sees them. For plain decoding: the fast one."""
+    UNROTATED = 1
+    """Keys are held, in the tail too, as they came, and are rotated whenever they are read."""
 
 
 class Criterion(enum.IntEnum):
@@ -311,6 +332,41 @@ class FourierParams:
     """A middle shorter than this stays exact. 0: 2 * bins, the number of reals per channel."""
 
 
+@dataclasses.dataclass
+class CodecParams:
+    """The calibrated coding (docs/codec.md). A sequence is [sinks | middle | local tail]. The
+    middle is a list of sealed blocks; in them each channel is its carrier (the mean of K before
+    RoPE, rotated to the token's position; the mean of V), which stands in the profile, plus a
+    residual of 0, 2, 3, 4 or 8 bits per token, quantised between the least and the largest
+    value of a group of tokens. Since 0.1. A field that is None has the default.
+    """
+    _c: ClassVar[str] = 'fkv_codec_params'
+    _kinds: ClassVar[dict] = {
+        'storage_dtype': DType,
+        'group': 'number',
+        'block': 'number',
+        'n_sink': 'number',
+        'n_local': 'number',
+        'domain': Domain,
+        'spectral_bins': 'number',
+    }
+    storage_dtype: Optional[DType] = None
+    """Type of exact tokens and of exact channels. Default F16."""
+    group: Optional[int] = None
+    """Tokens that share a scale and a zero point: 64 or 128. Default 128."""
+    block: Optional[int] = None
+    """Tokens of a block: 64, 128 or 256, a multiple of group. Default 128."""
+    n_sink: Optional[int] = None
+    """Sink tokens, exact. 0..FKV_MAX_SINK. Default 4."""
+    n_local: Optional[int] = None
+    """Newest tokens that stay exact; up to block - 1 more do, until a block is full. Default 128.
+    """
+    domain: Optional[Domain] = None
+    """fkv_domain_code. Default FKV_DOMAIN_ROTATED."""
+    spectral_bins: Optional[int] = None
+    """Fourier bins around the carrier for each channel. 0; anything else is UNSUPPORTED."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ProfileInfo:
     """What a profile says. Written by fkv_profile_query(). Since 0.1."""
@@ -335,6 +391,11 @@ class ProfileInfo:
         'k_fourier_channels': 'number',
         'v_fourier_channels': 'number',
         'softmax_scale': 'number',
+        'group': 'number',
+        'block': 'number',
+        'domain': Domain,
+        'k_bits': 'number',
+        'v_bits': 'number',
     }
     coding: Coding
     """fkv_coding_code."""
@@ -374,6 +435,16 @@ class ProfileInfo:
     """The same of V."""
     softmax_scale: float
     """Scale on q . k."""
+    group: int
+    """Tokens of a group; 0 unless calibrated."""
+    block: int
+    """Tokens of a block; 0 unless calibrated."""
+    domain: Domain
+    """fkv_domain_code."""
+    k_bits: float
+    """Bits that an element of K takes in a block, scales included: the mean over all channels."""
+    v_bits: float
+    """The same of V."""
 
 
 @dataclasses.dataclass
@@ -413,7 +484,7 @@ class SequenceParams:
     }
     period: Optional[int] = None
     """Period T of the Fourier coding, in tokens: for best quality, just above the length that the
-    sequence will have, less sinks and local tokens. 0: the profile's. Ignored by exact
+    sequence will have, less sinks and local tokens. 0: the profile's. Ignored by other
     profiles.
     """
 
@@ -439,6 +510,8 @@ class Stats:
         'dense_bytes': 'number',
         'ratio': 'number',
         'bytes_shared': 'number',
+        'bytes_blocks': 'number',
+        'bytes_scales': 'number',
     }
     sequences: int
     """Sequences counted."""
@@ -447,7 +520,7 @@ class Stats:
     tokens_exact: int
     """Of these, tokens held exactly in all channels (layer 0)."""
     tokens_coded: int
-    """Of these, tokens of the coded middle (layer 0)."""
+    """Of these, tokens of the coded middle (layer 0): in segments or in sealed blocks."""
     bytes: int
     """Everything below together."""
     bytes_exact: int
@@ -466,3 +539,7 @@ class Stats:
     """Of bytes, those that several sequences hold since a fork. Freeing the one sequence gives
     back bytes - bytes_shared. For one sequence this looks at every page. Since 0.1.
     """
+    bytes_blocks: int
+    """Calibrated: residuals and exact channels of sealed blocks."""
+    bytes_scales: int
+    """Calibrated: scales and zero points of sealed blocks."""

@@ -73,11 +73,20 @@ FKV_OUTGROW_ERROR = 1
 FKV_PART_K = 0
 FKV_PART_V = 1
 
+FKV_CHANNEL_CARRIER = 0
 FKV_CHANNEL_FOURIER = 1
+FKV_CHANNEL_2BIT = 2
+FKV_CHANNEL_3BIT = 3
+FKV_CHANNEL_4BIT = 4
+FKV_CHANNEL_8BIT = 8
 FKV_CHANNEL_EXACT = 16
 
 FKV_CODING_EXACT = 0
 FKV_CODING_FOURIER = 1
+FKV_CODING_CALIBRATED = 2
+
+FKV_DOMAIN_ROTATED = 0
+FKV_DOMAIN_UNROTATED = 1
 
 FKV_CRITERION_RESIDUAL = 0
 FKV_CRITERION_PUBLISHED = 1
@@ -201,6 +210,25 @@ class fkv_fourier_params(Structure):
     ]
 
 
+class fkv_codec_params(Structure):
+    """The calibrated coding (docs/codec.md). A sequence is [sinks | middle | local tail]. The
+    middle is a list of sealed blocks; in them each channel is its carrier (the mean of K before
+    RoPE, rotated to the token's position; the mean of V), which stands in the profile, plus a
+    residual of 0, 2, 3, 4 or 8 bits per token, quantised between the least and the largest
+    value of a group of tokens. Since 0.1.
+    """
+    _fields_ = [
+        ('struct_size', c_uint32),
+        ('storage_dtype', c_int32),
+        ('group', c_int32),
+        ('block', c_int32),
+        ('n_sink', c_int32),
+        ('n_local', c_int32),
+        ('domain', c_int32),
+        ('spectral_bins', c_int32),
+    ]
+
+
 class fkv_profile_info(Structure):
     """What a profile says. Written by fkv_profile_query(). Since 0.1."""
     _fields_ = [
@@ -225,6 +253,12 @@ class fkv_profile_info(Structure):
         ('k_fourier_channels', c_int64),
         ('v_fourier_channels', c_int64),
         ('softmax_scale', c_double),
+        ('group', c_int32),
+        ('block', c_int32),
+        ('domain', c_int32),
+        ('reserved2', c_int32),
+        ('k_bits', c_double),
+        ('v_bits', c_double),
     ]
 
 
@@ -277,6 +311,8 @@ class fkv_stats(Structure):
         ('dense_bytes', c_uint64),
         ('ratio', c_double),
         ('bytes_shared', c_uint64),
+        ('bytes_blocks', c_uint64),
+        ('bytes_scales', c_uint64),
     ]
 
 
@@ -307,11 +343,17 @@ PROTOTYPES = {
         POINTER(c_size_t)]),
     'fkv_model_params_init': (c_int32, [POINTER(fkv_model_params), c_size_t]),
     'fkv_fourier_params_init': (c_int32, [POINTER(fkv_fourier_params), c_size_t]),
+    'fkv_codec_params_init': (c_int32, [POINTER(fkv_codec_params), c_size_t]),
     'fkv_profile_create_exact': (c_int32, [POINTER(fkv_context), POINTER(fkv_model_params), c_int32,
         POINTER(POINTER(fkv_profile))]),
     'fkv_profile_create_fourier': (c_int32, [POINTER(fkv_context), POINTER(fkv_model_params),
         POINTER(fkv_fourier_params), POINTER(c_uint8), POINTER(c_uint8), c_size_t,
         POINTER(POINTER(fkv_profile))]),
+    'fkv_profile_create_coded': (c_int32, [POINTER(fkv_context), POINTER(fkv_model_params),
+        POINTER(fkv_codec_params), POINTER(c_uint8), POINTER(c_uint8), c_size_t, POINTER(c_float),
+        POINTER(c_float), c_size_t, POINTER(POINTER(fkv_profile))]),
+    'fkv_profile_create_uniform': (c_int32, [POINTER(fkv_context), POINTER(fkv_model_params),
+        POINTER(fkv_codec_params), c_int32, POINTER(POINTER(fkv_profile))]),
     'fkv_profile_import_published': (c_int32, [POINTER(fkv_context), POINTER(fkv_model_params),
         POINTER(fkv_fourier_params), c_char_p, c_size_t, c_double, POINTER(POINTER(fkv_profile))]),
     'fkv_profile_load': (c_int32, [POINTER(fkv_context), c_char_p, c_size_t,
@@ -324,6 +366,9 @@ PROTOTYPES = {
     'fkv_profile_query': (c_int32, [POINTER(fkv_profile), POINTER(fkv_profile_info)]),
     'fkv_profile_channels': (c_int32, [POINTER(fkv_profile), c_int32, c_int32, POINTER(c_uint8),
         c_size_t]),
+    'fkv_profile_carriers': (c_int32, [POINTER(fkv_profile), c_int32, c_int32, POINTER(c_float),
+        c_size_t]),
+    'fkv_profile_match': (c_int32, [POINTER(fkv_profile), POINTER(fkv_model_params)]),
     'fkv_profile_destroy': (c_int32, [POINTER(fkv_profile)]),
     'fkv_calibrator_params_init': (c_int32, [POINTER(fkv_calibrator_params), c_size_t]),
     'fkv_calibrator_create': (c_int32, [POINTER(fkv_context), POINTER(fkv_model_params),

@@ -50,10 +50,18 @@ FKV_OUTGROW_SEGMENT: int
 FKV_OUTGROW_ERROR: int
 FKV_PART_K: int
 FKV_PART_V: int
+FKV_CHANNEL_CARRIER: int
 FKV_CHANNEL_FOURIER: int
+FKV_CHANNEL_2BIT: int
+FKV_CHANNEL_3BIT: int
+FKV_CHANNEL_4BIT: int
+FKV_CHANNEL_8BIT: int
 FKV_CHANNEL_EXACT: int
 FKV_CODING_EXACT: int
 FKV_CODING_FOURIER: int
+FKV_CODING_CALIBRATED: int
+FKV_DOMAIN_ROTATED: int
+FKV_DOMAIN_UNROTATED: int
 FKV_CRITERION_RESIDUAL: int
 FKV_CRITERION_PUBLISHED: int
 
@@ -216,6 +224,32 @@ class fkv_fourier_params(ctypes.Structure):
     """A middle shorter than this stays exact. 0: 2 * bins, the number of reals per channel."""
 
 
+class fkv_codec_params(ctypes.Structure):
+    """The calibrated coding (docs/codec.md). A sequence is [sinks | middle | local tail]. The
+    middle is a list of sealed blocks; in them each channel is its carrier (the mean of K before
+    RoPE, rotated to the token's position; the mean of V), which stands in the profile, plus a
+    residual of 0, 2, 3, 4 or 8 bits per token, quantised between the least and the largest
+    value of a group of tokens. Since 0.1.
+    """
+    struct_size: int
+    """sizeof(fkv_codec_params) as the caller compiled it."""
+    storage_dtype: int
+    """Type of exact tokens and of exact channels. Default F16."""
+    group: int
+    """Tokens that share a scale and a zero point: 64 or 128. Default 128."""
+    block: int
+    """Tokens of a block: 64, 128 or 256, a multiple of group. Default 128."""
+    n_sink: int
+    """Sink tokens, exact. 0..FKV_MAX_SINK. Default 4."""
+    n_local: int
+    """Newest tokens that stay exact; up to block - 1 more do, until a block is full. Default 128.
+    """
+    domain: int
+    """fkv_domain_code. Default FKV_DOMAIN_ROTATED."""
+    spectral_bins: int
+    """Fourier bins around the carrier for each channel. 0; anything else is UNSUPPORTED."""
+
+
 class fkv_profile_info(ctypes.Structure):
     """What a profile says. Written by fkv_profile_query(). Since 0.1."""
     struct_size: int
@@ -260,6 +294,18 @@ class fkv_profile_info(ctypes.Structure):
     """The same of V."""
     softmax_scale: float
     """Scale on q . k."""
+    group: int
+    """Tokens of a group; 0 unless calibrated."""
+    block: int
+    """Tokens of a block; 0 unless calibrated."""
+    domain: int
+    """fkv_domain_code."""
+    reserved2: int
+    """Zero."""
+    k_bits: float
+    """Bits that an element of K takes in a block, scales included: the mean over all channels."""
+    v_bits: float
+    """The same of V."""
 
 
 class fkv_calibrator_params(ctypes.Structure):
@@ -292,7 +338,7 @@ class fkv_sequence_params(ctypes.Structure):
     """Zero."""
     period: int
     """Period T of the Fourier coding, in tokens: for best quality, just above the length that the
-    sequence will have, less sinks and local tokens. 0: the profile's. Ignored by exact
+    sequence will have, less sinks and local tokens. 0: the profile's. Ignored by other
     profiles.
     """
 
@@ -314,7 +360,7 @@ class fkv_stats(ctypes.Structure):
     tokens_exact: int
     """Of these, tokens held exactly in all channels (layer 0)."""
     tokens_coded: int
-    """Of these, tokens of the coded middle (layer 0)."""
+    """Of these, tokens of the coded middle (layer 0): in segments or in sealed blocks."""
     bytes: int
     """Everything below together."""
     bytes_exact: int
@@ -333,6 +379,10 @@ class fkv_stats(ctypes.Structure):
     """Of bytes, those that several sequences hold since a fork. Freeing the one sequence gives
     back bytes - bytes_shared. For one sequence this looks at every page. Since 0.1.
     """
+    bytes_blocks: int
+    """Calibrated: residuals and exact channels of sealed blocks."""
+    bytes_scales: int
+    """Calibrated: scales and zero points of sealed blocks."""
 
 
 class fkv_batch(ctypes.Structure):
@@ -401,6 +451,9 @@ class Library(ctypes.CDLL):
     def fkv_fourier_params_init(self, params: Any, struct_size: int) -> int:
         """Fills *params with the defaults above. Errors: INVALID."""
         ...
+    def fkv_codec_params_init(self, params: Any, struct_size: int) -> int:
+        """Fills *params with the defaults above. Errors: INVALID."""
+        ...
     def fkv_profile_create_exact(self, ctx: Any, model: Any, storage_dtype: int, out: Any) -> int:
         """A profile that holds everything exactly in `storage_dtype`. On success *out is the
         caller's, freed with fkv_profile_destroy(); on error *out is NULL. Errors: HANDLE,
@@ -413,6 +466,23 @@ class Library(ctypes.CDLL):
         compressed, 0 where it is kept; mask_bytes is the size of each. Keys are coded as
         attention sees them, that is after RoPE. Ownership as above. Errors: HANDLE, INVALID,
         NOMEM, LIMIT. Since 0.1.
+        """
+        ...
+    def fkv_profile_create_coded(self, ctx: Any, model: Any, codec: Any, k_bits: Any, v_bits: Any,
+            bits_bytes: int, k_carrier: Any, v_carrier: Any, carrier_count: int, out: Any) -> int:
+        """A calibrated profile. k_bits and v_bits are [n_layers, Hk, D] bytes, each a
+        fkv_channel_code but FOURIER; bits_bytes is the size of each. k_carrier and v_carrier
+        are [n_layers, Hk, D] floats, the means of K before RoPE and of V, at most 32768 in
+        size; carrier_count is the number of floats in each. Either or both may be NULL, which
+        stands for zeros; both NULL: carrier_count 0. Everything is copied. Ownership as above.
+        Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1.
+        """
+        ...
+    def fkv_profile_create_uniform(self, ctx: Any, model: Any, codec: Any, bits: int,
+            out: Any) -> int:
+        """A calibrated profile without carriers in which every channel has the same `bits`, a
+        fkv_channel_code but FOURIER: a plain low-bit cache, to compare with. Ownership as
+        above. Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1.
         """
         ...
     def fkv_profile_import_published(self, ctx: Any, model: Any, fourier: Any, json: bytes | None,
@@ -453,6 +523,20 @@ class Library(ctypes.CDLL):
             bytes: int) -> int:
         """Writes a fkv_channel_code for each channel of a layer's K or V: [Hk, D] bytes; `bytes`
         is the buffer's size. Errors: HANDLE, INVALID (layer, part), BUFFER. Since 0.1.
+        """
+        ...
+    def fkv_profile_carriers(self, profile: Any, layer: int, part: int, carriers: Any,
+            count: int) -> int:
+        """Writes the carriers of a layer's K or V: [Hk, D] floats, zeros unless the profile is
+        calibrated; `count` is the number of floats at `carriers`. Errors: HANDLE, INVALID
+        (layer, part), BUFFER. Since 0.1.
+        """
+        ...
+    def fkv_profile_match(self, profile: Any, model: Any) -> int:
+        """Whether a profile is of this model: geometry, RoPE (frequencies to a relative 1e-6) and
+        softmax scale must agree, and the id unless either is empty. A profile loaded from a
+        file should be checked so. Errors: HANDLE, INVALID, MISMATCH (the message names the
+        field). Since 0.1.
         """
         ...
     def fkv_profile_destroy(self, profile: Any) -> int:
@@ -534,7 +618,7 @@ class Library(ctypes.CDLL):
             from fkv_sequence_crop_limit() on, every one;
             up to the number of sinks, every one;
             between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded
-            down). What remains coded then stays so, with no local window behind it until tokens are appended.
+            down); with a calibrated profile those of its blocks: the number of sinks + i * block. What remains coded then stays so, with no local window behind it until tokens are appended.
         Any other is STATE, the message names the smallest length of the first kind and the nearest below.
 
         To take back draft tokens, append them and crop: right after an append, the last n_local

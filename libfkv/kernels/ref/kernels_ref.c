@@ -128,4 +128,5 @@ void fkv_kernels_init_ref(struct fkv_kernels *k) {
         .fft_pass = fft_pass_ref,
         .rotate = rotate_ref,
     };
+    fkv_packed_init_ref(k);
 }

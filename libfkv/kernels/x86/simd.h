@@ -161,6 +161,8 @@ static FKV_DECL_SPREAD(FKV_NAME(spread)) {
         spread_block(grid, grid_stride, p, p_stride, taps, tokens, 1);
 }
 
+#include "simd_packed.h"
+
 #define SLOTS(name)                                                                                \
     { FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16) }
 
@@ -178,5 +180,13 @@ void FKV_NAME(fkv_kernels_init)(struct fkv_kernels *k) {
         .narrow = SLOTS(narrow),
         .fft_pass = FKV_NAME(fft_pass),
         .rotate = FKV_NAME(rotate),
+        .scores_packed = FKV_NAME(scores_packed),
+        .weigh_packed = FKV_NAME(weigh_packed),
+        .fold = FKV_NAME(fold),
+        .code_keys = FKV_NAME(code_keys),
+        .code_values = FKV_NAME(code_values),
+        .uncarry = SLOTS(uncarry),
+        .gather = SLOTS(gather),
+        .carry = FKV_NAME(carry),
     };
 }

@@ -221,6 +221,34 @@ static FKV_DECL_ACCUMULATE(NAME(accumulate)) {
     }
 }
 
+static FKV_DECL_UNCARRY(NAME(uncarry)) {
+    const ELEMENT *key = k;
+    const vf vu = v_set1(-u), vv = v_set1(-v);
+    for (int t = 0; t < 64; t += VL) {
+        vf carried = v_fma(vu, v_load(c + t), v_mul(vv, v_load(s + t)));
+        v_store(x + t, v_add(LOAD(key + t), carried));
+    }
+}
+
+static FKV_DECL_GATHER(NAME(gather)) {
+    const ELEMENT *value = v;
+    float row[FKV_MAX_HEAD_DIM + VL], level[FKV_MAX_HEAD_DIM + VL];
+    int index[FKV_MAX_HEAD_DIM + VL];
+    for (int i = 0; i < count + VL - 1; i++) {
+        index[i] = i < count ? list[i] : 0;
+        level[i] = carrier[index[i]];
+    }
+    for (int t = 0; t < 64; t++, x += x_stride, value += dims) {
+        int i = 0;
+        for (int d = 0; d < dims; d += VL)
+            v_store(row + d, LOAD(value + d));
+        for (; i + VL <= count; i += VL)
+            v_store(x + i, v_sub(v_gather(row, index + i), v_load(level + i)));
+        if (i < count)
+            v_store_first(x + i, v_sub(v_gather(row, index + i), v_load(level + i)), count - i);
+    }
+}
+
 #undef NAME
 #undef LOAD
 #undef SAVE

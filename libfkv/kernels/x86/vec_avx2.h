@@ -95,3 +95,133 @@ static inline vf v_round(vf x) {
 static inline vf v_zero_below(vf x, vf limit, vf y) {
     return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), y);
 }
+
+/* ---- integers, for packed codes */
+
+typedef __m256i vi;
+
+static inline vi vi_set1(int x) {
+    return _mm256_set1_epi32(x);
+}
+/* VL elements, zero-extended; exactly those are read */
+static inline vi vi_bytes(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
+}
+static inline vi vi_words(const uint8_t *p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+/* the first n of VL dwords, the others 0 */
+static inline vi vi_dwords(const uint8_t *p, int n) {
+    return _mm256_maskload_epi32((const int *)(const void *)p, v_mask(n));
+}
+static inline void vi_save_dwords(uint8_t *p, vi x, int n) {
+    _mm256_maskstore_epi32((int *)(void *)p, v_mask(n), x);
+}
+static inline void vi_save_bytes(uint8_t *p, vi x) {
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(words, words));
+}
+static inline void vi_save_words(uint8_t *p, vi x) {
+    _mm_storeu_si128((__m128i *)(void *)p,
+                     _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+static inline vi vi_srl(vi x, int n) {
+    return _mm256_srl_epi32(x, _mm_cvtsi32_si128(n));
+}
+static inline vi vi_sll(vi x, int n) {
+    return _mm256_sll_epi32(x, _mm_cvtsi32_si128(n));
+}
+static inline vi vi_or(vi a, vi b) {
+    return _mm256_or_si256(a, b);
+}
+static inline vi vi_and(vi a, vi b) {
+    return _mm256_and_si256(a, b);
+}
+/* bit `bit` of each lane */
+static inline unsigned vi_bits(vi x, int bit) {
+    return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(vi_sll(x, 31 - bit)));
+}
+static inline vi v_to_int(vf x) {
+    return _mm256_cvtps_epi32(x);
+}
+static inline vf v_from_int(vi x) {
+    return _mm256_cvtepi32_ps(x);
+}
+/* the number in the low 2 or 4 bits of each lane */
+static inline vf v_low2(vi x) {
+    return _mm256_permutevar_ps(_mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3), x);
+}
+static inline vf v_low4(vi x) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+}
+/* 4 more in the lanes whose bit is set in `bits`, or in which x has a 1 at bit t */
+static inline vf v_add4_bits(vf low, unsigned bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
+    __m256 four =
+        _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)), _mm256_set1_ps(4.0f));
+    return _mm256_add_ps(low, four);
+}
+static inline vf v_add4_if(vf low, vi x, int t) {
+    __m256i bit = vi_sll(vi_and(vi_srl(x, t), vi_set1(1)), 2);
+    return _mm256_add_ps(low, _mm256_cvtepi32_ps(bit));
+}
+static inline vf v_min(vf a, vf b) {
+    return _mm256_min_ps(a, b);
+}
+static inline float v_hmin(vf x) {
+    __m128 y = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_min_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_min_ss(y, _mm_movehdup_ps(y)));
+}
+static inline float v_hmax(vf x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+static inline vf v_div(vf a, vf b) {
+    return _mm256_div_ps(a, b);
+}
+/* x where a == b, else y; NaN equals nothing */
+static inline vf v_if_equal(vf a, vf b, vf x, vf y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+/* the first n of VL f16; the others 0 */
+static inline vf v_f16_first(const uint16_t *p, int n) {
+    uint16_t full[VL] = {0};
+    if (n == VL)
+        return v_load_f16(p);
+    for (int i = 0; i < n; i++)
+        full[i] = p[i];
+    return v_load_f16(full);
+}
+static inline void v_save_f16_first(uint16_t *p, vf x, int n) {
+    uint16_t full[VL];
+    v_save_f16(full, x);
+    for (int i = 0; i < n; i++)
+        p[i] = full[i];
+}
+/* rounded to f16: to nearest, down, up */
+static inline vf v_round_f16(vf x) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline vf v_floor_f16(vf x) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+}
+static inline vf v_ceil_f16(vf x) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+}
+/* p[0], p[1], p[0], p[1], .. */
+static inline vf v_set_pair(const float *p) {
+    return _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(const void *)p));
+}
+/* a[0], b[0], a[1], b[1], .. */
+static inline void v_store_pairs(float *p, vf a, vf b) {
+    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    _mm256_storeu_ps(p, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
+/* row[list[i]] for VL indices */
+static inline vf v_gather(const float *row, const int *list) {
+    return _mm256_i32gather_ps(row, _mm256_loadu_si256((const __m256i *)(const void *)list), 4);
+}

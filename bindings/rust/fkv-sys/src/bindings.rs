@@ -1330,8 +1330,18 @@ pub const FKV_PART_K: fkv_part_code = 0;
 pub const FKV_PART_V: fkv_part_code = 1;
 #[doc = " Keys or values."]
 pub type fkv_part_code = std::os::raw::c_uint;
+#[doc = " Calibrated: as its carrier alone, which takes no bytes."]
+pub const FKV_CHANNEL_CARRIER: fkv_channel_code = 0;
 #[doc = " Fourier coefficients over time."]
 pub const FKV_CHANNEL_FOURIER: fkv_channel_code = 1;
+#[doc = " Calibrated: carrier and a residual of 2 bits per token."]
+pub const FKV_CHANNEL_2BIT: fkv_channel_code = 2;
+#[doc = " Carrier and a residual of 3 bits."]
+pub const FKV_CHANNEL_3BIT: fkv_channel_code = 3;
+#[doc = " Carrier and a residual of 4 bits."]
+pub const FKV_CHANNEL_4BIT: fkv_channel_code = 4;
+#[doc = " Carrier and a residual of 8 bits."]
+pub const FKV_CHANNEL_8BIT: fkv_channel_code = 8;
 #[doc = " Exactly, in the storage type."]
 pub const FKV_CHANNEL_EXACT: fkv_channel_code = 16;
 #[doc = " How one channel of the middle is held. fkv_profile_channels() writes these."]
@@ -1342,8 +1352,195 @@ pub type fkv_coding = i32;
 pub const FKV_CODING_EXACT: fkv_coding_code = 0;
 #[doc = " fkv_fourier_params."]
 pub const FKV_CODING_FOURIER: fkv_coding_code = 1;
+#[doc = " fkv_codec_params: carriers, and residuals of few bits."]
+pub const FKV_CODING_CALIBRATED: fkv_coding_code = 2;
 #[doc = " What a profile does."]
 pub type fkv_coding_code = std::os::raw::c_uint;
+#[doc = " One of fkv_domain_code."]
+pub type fkv_domain = i32;
+#[doc = " Keys are held as attention sees them. For plain decoding: the fast one."]
+pub const FKV_DOMAIN_ROTATED: fkv_domain_code = 0;
+#[doc = " Keys are held, in the tail too, as they came, and are rotated whenever they are read."]
+pub const FKV_DOMAIN_UNROTATED: fkv_domain_code = 1;
+#[doc = " Whether the calibrated coding holds keys with RoPE's rotation or without."]
+pub type fkv_domain_code = std::os::raw::c_uint;
+#[doc = " The calibrated coding (docs/codec.md). A sequence is [sinks | middle | local tail]. The middle is a"]
+#[doc = " list of sealed blocks; in them each channel is its carrier (the mean of K before RoPE, rotated to the"]
+#[doc = " token's position; the mean of V), which stands in the profile, plus a residual of 0, 2, 3, 4 or 8"]
+#[doc = " bits per token, quantised between the least and the largest value of a group of tokens. Since 0.1."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct fkv_codec_params {
+    #[doc = " sizeof(fkv_codec_params) as the caller compiled it."]
+    pub struct_size: u32,
+    #[doc = " Type of exact tokens and of exact channels. Default F16."]
+    pub storage_dtype: fkv_dtype,
+    #[doc = " Tokens that share a scale and a zero point: 64 or 128. Default 128."]
+    pub group: i32,
+    #[doc = " Tokens of a block: 64, 128 or 256, a multiple of group. Default 128."]
+    pub block: i32,
+    #[doc = " Sink tokens, exact. 0..FKV_MAX_SINK. Default 4."]
+    pub n_sink: i32,
+    #[doc = " Newest tokens that stay exact; up to block - 1 more do, until a block is full. Default 128."]
+    pub n_local: i32,
+    #[doc = " fkv_domain_code. Default FKV_DOMAIN_ROTATED."]
+    pub domain: fkv_domain,
+    #[doc = " Fourier bins around the carrier for each channel. 0; anything else is UNSUPPORTED."]
+    pub spectral_bins: i32,
+}
+#[test]
+fn bindgen_test_layout_fkv_codec_params() {
+    assert_eq!(
+        ::core::mem::size_of::<fkv_codec_params>(),
+        32usize,
+        concat!("Size of: ", stringify!(fkv_codec_params))
+    );
+    assert_eq!(
+        ::core::mem::align_of::<fkv_codec_params>(),
+        4usize,
+        concat!("Alignment of ", stringify!(fkv_codec_params))
+    );
+    fn test_field_struct_size() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).struct_size) as usize - ptr as usize
+            },
+            0usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(struct_size)
+            )
+        );
+    }
+    test_field_struct_size();
+    fn test_field_storage_dtype() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).storage_dtype) as usize - ptr as usize
+            },
+            4usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(storage_dtype)
+            )
+        );
+    }
+    test_field_storage_dtype();
+    fn test_field_group() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).group) as usize - ptr as usize
+            },
+            8usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(group)
+            )
+        );
+    }
+    test_field_group();
+    fn test_field_block() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).block) as usize - ptr as usize
+            },
+            12usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(block)
+            )
+        );
+    }
+    test_field_block();
+    fn test_field_n_sink() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).n_sink) as usize - ptr as usize
+            },
+            16usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(n_sink)
+            )
+        );
+    }
+    test_field_n_sink();
+    fn test_field_n_local() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).n_local) as usize - ptr as usize
+            },
+            20usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(n_local)
+            )
+        );
+    }
+    test_field_n_local();
+    fn test_field_domain() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).domain) as usize - ptr as usize
+            },
+            24usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(domain)
+            )
+        );
+    }
+    test_field_domain();
+    fn test_field_spectral_bins() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_codec_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).spectral_bins) as usize - ptr as usize
+            },
+            28usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_codec_params),
+                "::",
+                stringify!(spectral_bins)
+            )
+        );
+    }
+    test_field_spectral_bins();
+}
+extern "C" {
+    #[doc = " Fills *params with the defaults above. Errors: INVALID."]
+    pub fn fkv_codec_params_init(params: *mut fkv_codec_params, struct_size: usize) -> fkv_status;
+}
 #[doc = " What a profile says. Written by fkv_profile_query(). Since 0.1."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -1390,12 +1587,24 @@ pub struct fkv_profile_info {
     pub v_fourier_channels: i64,
     #[doc = " Scale on q . k."]
     pub softmax_scale: f64,
+    #[doc = " Tokens of a group; 0 unless calibrated."]
+    pub group: i32,
+    #[doc = " Tokens of a block; 0 unless calibrated."]
+    pub block: i32,
+    #[doc = " fkv_domain_code."]
+    pub domain: fkv_domain,
+    #[doc = " Zero."]
+    pub reserved2: i32,
+    #[doc = " Bits that an element of K takes in a block, scales included: the mean over all channels."]
+    pub k_bits: f64,
+    #[doc = " The same of V."]
+    pub v_bits: f64,
 }
 #[test]
 fn bindgen_test_layout_fkv_profile_info() {
     assert_eq!(
         ::core::mem::size_of::<fkv_profile_info>(),
-        104usize,
+        136usize,
         concat!("Size of: ", stringify!(fkv_profile_info))
     );
     assert_eq!(
@@ -1760,6 +1969,108 @@ fn bindgen_test_layout_fkv_profile_info() {
         );
     }
     test_field_softmax_scale();
+    fn test_field_group() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_profile_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).group) as usize - ptr as usize
+            },
+            104usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_profile_info),
+                "::",
+                stringify!(group)
+            )
+        );
+    }
+    test_field_group();
+    fn test_field_block() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_profile_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).block) as usize - ptr as usize
+            },
+            108usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_profile_info),
+                "::",
+                stringify!(block)
+            )
+        );
+    }
+    test_field_block();
+    fn test_field_domain() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_profile_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).domain) as usize - ptr as usize
+            },
+            112usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_profile_info),
+                "::",
+                stringify!(domain)
+            )
+        );
+    }
+    test_field_domain();
+    fn test_field_reserved2() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_profile_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).reserved2) as usize - ptr as usize
+            },
+            116usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_profile_info),
+                "::",
+                stringify!(reserved2)
+            )
+        );
+    }
+    test_field_reserved2();
+    fn test_field_k_bits() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_profile_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).k_bits) as usize - ptr as usize
+            },
+            120usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_profile_info),
+                "::",
+                stringify!(k_bits)
+            )
+        );
+    }
+    test_field_k_bits();
+    fn test_field_v_bits() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_profile_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).v_bits) as usize - ptr as usize
+            },
+            128usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_profile_info),
+                "::",
+                stringify!(v_bits)
+            )
+        );
+    }
+    test_field_v_bits();
 }
 extern "C" {
     #[doc = " A profile that holds everything exactly in `storage_dtype`. On success *out is the caller's, freed"]
@@ -1782,6 +2093,37 @@ extern "C" {
         k_mask: *const u8,
         v_mask: *const u8,
         mask_bytes: usize,
+        out: *mut *mut fkv_profile,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " A calibrated profile. k_bits and v_bits are [n_layers, Hk, D] bytes, each a fkv_channel_code but"]
+    #[doc = " FOURIER; bits_bytes is the size of each. k_carrier and v_carrier are [n_layers, Hk, D] floats, the"]
+    #[doc = " means of K before RoPE and of V, at most 32768 in size; carrier_count is the number of floats in each."]
+    #[doc = " Either or both may be NULL, which stands for zeros; both NULL: carrier_count 0. Everything is copied."]
+    #[doc = " Ownership as above. Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1."]
+    pub fn fkv_profile_create_coded(
+        ctx: *mut fkv_context,
+        model: *const fkv_model_params,
+        codec: *const fkv_codec_params,
+        k_bits: *const u8,
+        v_bits: *const u8,
+        bits_bytes: usize,
+        k_carrier: *const f32,
+        v_carrier: *const f32,
+        carrier_count: usize,
+        out: *mut *mut fkv_profile,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " A calibrated profile without carriers in which every channel has the same `bits`, a fkv_channel_code"]
+    #[doc = " but FOURIER: a plain low-bit cache, to compare with. Ownership as above."]
+    #[doc = " Errors: HANDLE, INVALID, UNSUPPORTED, NOMEM, LIMIT. Since 0.1."]
+    pub fn fkv_profile_create_uniform(
+        ctx: *mut fkv_context,
+        model: *const fkv_model_params,
+        codec: *const fkv_codec_params,
+        bits: i32,
         out: *mut *mut fkv_profile,
     ) -> fkv_status;
 }
@@ -1851,6 +2193,27 @@ extern "C" {
         part: fkv_part,
         codes: *mut u8,
         bytes: usize,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Writes the carriers of a layer's K or V: [Hk, D] floats, zeros unless the profile is calibrated;"]
+    #[doc = " `count` is the number of floats at `carriers`. Errors: HANDLE, INVALID (layer, part), BUFFER."]
+    #[doc = " Since 0.1."]
+    pub fn fkv_profile_carriers(
+        profile: *mut fkv_profile,
+        layer: i32,
+        part: fkv_part,
+        carriers: *mut f32,
+        count: usize,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Whether a profile is of this model: geometry, RoPE (frequencies to a relative 1e-6) and softmax scale"]
+    #[doc = " must agree, and the id unless either is empty. A profile loaded from a file should be checked so."]
+    #[doc = " Errors: HANDLE, INVALID, MISMATCH (the message names the field). Since 0.1."]
+    pub fn fkv_profile_match(
+        profile: *mut fkv_profile,
+        model: *const fkv_model_params,
     ) -> fkv_status;
 }
 extern "C" {
@@ -2116,7 +2479,7 @@ pub struct fkv_sequence_params {
     #[doc = " Zero."]
     pub reserved: i32,
     #[doc = " Period T of the Fourier coding, in tokens: for best quality, just above the length that the"]
-    #[doc = " sequence will have, less sinks and local tokens. 0: the profile's. Ignored by exact profiles."]
+    #[doc = " sequence will have, less sinks and local tokens. 0: the profile's. Ignored by other profiles."]
     pub period: i64,
 }
 #[test]
@@ -2199,7 +2562,7 @@ pub struct fkv_stats {
     pub tokens: u64,
     #[doc = " Of these, tokens held exactly in all channels (layer 0)."]
     pub tokens_exact: u64,
-    #[doc = " Of these, tokens of the coded middle (layer 0)."]
+    #[doc = " Of these, tokens of the coded middle (layer 0): in segments or in sealed blocks."]
     pub tokens_coded: u64,
     #[doc = " Everything below together."]
     pub bytes: u64,
@@ -2218,12 +2581,16 @@ pub struct fkv_stats {
     #[doc = " Of bytes, those that several sequences hold since a fork. Freeing the one sequence gives back"]
     #[doc = " bytes - bytes_shared. For one sequence this looks at every page. Since 0.1."]
     pub bytes_shared: u64,
+    #[doc = " Calibrated: residuals and exact channels of sealed blocks."]
+    pub bytes_blocks: u64,
+    #[doc = " Calibrated: scales and zero points of sealed blocks."]
+    pub bytes_scales: u64,
 }
 #[test]
 fn bindgen_test_layout_fkv_stats() {
     assert_eq!(
         ::core::mem::size_of::<fkv_stats>(),
-        104usize,
+        120usize,
         concat!("Size of: ", stringify!(fkv_stats))
     );
     assert_eq!(
@@ -2469,6 +2836,40 @@ fn bindgen_test_layout_fkv_stats() {
         );
     }
     test_field_bytes_shared();
+    fn test_field_bytes_blocks() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_stats>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).bytes_blocks) as usize - ptr as usize
+            },
+            104usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_stats),
+                "::",
+                stringify!(bytes_blocks)
+            )
+        );
+    }
+    test_field_bytes_blocks();
+    fn test_field_bytes_scales() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_stats>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).bytes_scales) as usize - ptr as usize
+            },
+            112usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_stats),
+                "::",
+                stringify!(bytes_scales)
+            )
+        );
+    }
+    test_field_bytes_scales();
 }
 extern "C" {
     #[doc = " Fills *params with the defaults. Errors: INVALID."]
@@ -2524,7 +2925,7 @@ extern "C" {
     #[doc = "     from fkv_sequence_crop_limit() on, every one;"]
     #[doc = "     up to the number of sinks, every one;"]
     #[doc = "     between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded"]
-    #[doc = "     down). What remains coded then stays so, with no local window behind it until tokens are appended."]
+    #[doc = "     down); with a calibrated profile those of its blocks: the number of sinks + i * block. What remains coded then stays so, with no local window behind it until tokens are appended."]
     #[doc = " Any other is STATE, the message names the smallest length of the first kind and the nearest below."]
     #[doc = ""]
     #[doc = " To take back draft tokens, append them and crop: right after an append, the last n_local tokens can"]
