@@ -18,8 +18,8 @@ from ._convert import tensor
 from ._native import ffi as _ffi
 from ._native import lib as _lib
 from ._objects import Context
-from ._types import (Backend, CacheParams, CalibratorParams, Channel, Coding, ContextInfo,
-                     ContextParams, CpuLevel, Criterion, Device, DType, FourierParams, ModelParams,
+from ._types import (Backend, CacheParams, CalibratorParams, Channel, CodecParams, Coding, ContextInfo,
+                     ContextParams, CpuLevel, Criterion, Device, Domain, DType, FourierParams, ModelParams,
                      Outgrow, Part, ProfileInfo, Restoration, RopeLayout, SequenceParams, Stats,
                      Status)
 from .cache import Cache, Plan, Sequence
@@ -32,8 +32,8 @@ from .profile import Calibrator, Profile
 
 __all__ = [
     'Backend', 'BufferTooSmallError', 'BusyError', 'Cache', 'CacheParams', 'Calibrator',
-    'CalibratorParams', 'Channel', 'ChecksumError', 'Coding', 'Context', 'ContextInfo',
-    'ContextParams', 'CpuLevel', 'Criterion', 'DType', 'Device', 'DeviceError', 'Error',
+    'CalibratorParams', 'Channel', 'ChecksumError', 'CodecParams', 'Coding', 'Context', 'ContextInfo',
+    'ContextParams', 'CpuLevel', 'Criterion', 'DType', 'Device', 'DeviceError', 'Domain', 'Error',
     'FileError', 'FormatError', 'FourierParams', 'HandleError', 'InvalidError', 'LimitError',
     'MismatchError', 'ModelParams', 'NoMemoryError', 'NonFiniteError', 'Outgrow', 'Part', 'Plan',
     'Profile', 'ProfileInfo', 'Restoration', 'RopeLayout', 'Sequence', 'SequenceParams',

@@ -40,25 +40,33 @@ def describe(info: fkv.ProfileInfo) -> str:
         text += (f'\n{info.bins} bins, period {info.period}, {info.n_sink} sinks, {info.n_local} '
                  f'local tokens; compressed: K {info.k_fourier_channels / channels:.1%}, '
                  f'V {info.v_fourier_channels / channels:.1%} of the channels')
+    elif info.coding == fkv.Coding.CALIBRATED:
+        text += (f'\ngroups of {info.group}, blocks of {info.block}, {info.n_sink} sinks, '
+                 f'{info.n_local} local tokens, {info.domain.name.lower()} keys; bits with scales: '
+                 f'K {info.k_bits:.2f}, V {info.v_bits:.2f}')
     return text
 
 
 def show_profile(args) -> None:
     with fkv.Context() as context, fkv.Profile.load(context, args.file) as profile:
         info = profile.info
-        shares = plot.kept_share(profile)
+        what, values = plot.held(profile)
         if args.png:
-            plot.profile_heat_map(profile, args.png, f'{args.file}: channels held exactly')
+            plot.profile_heat_map(profile, args.png, f'{args.file}: {what}')
+    calibrated = info.coding == fkv.Coding.CALIBRATED
     if args.json:
-        print(json.dumps({'kept': {part: share.tolist() for part, share in shares.items()}}))
+        scale = 1 if calibrated else 0.01
+        print(json.dumps({'bits' if calibrated else 'kept': {
+            part: (scale * value).tolist() for part, value in values.items()}}))
         return
     print(describe(info))
-    print('\nchannels held exactly, % of head_dim, by KV head')
+    print(f'\n{what}, by KV head')
     heads = ''.join(f'{head:5}' for head in range(info.n_kv_heads))
     print(f'layer  K{heads[1:]}   V{heads[1:]}')
-    for layer, (k, v) in enumerate(zip(shares['k'], shares['v'])):
-        print(f'{layer:5}  ' + ''.join(f'{100 * x:5.0f}' for x in k) + '   '
-              + ''.join(f'{100 * x:5.0f}' for x in v))
+    digits = 1 if calibrated else 0
+    for layer, (k, v) in enumerate(zip(values['k'], values['v'])):
+        print(f'{layer:5}  ' + ''.join(f'{x:5.{digits}f}' for x in k) + '   '
+              + ''.join(f'{x:5.{digits}f}' for x in v))
     if args.png:
         print(f'\nwrote {args.png}')
 
@@ -75,8 +83,8 @@ def import_profile(args) -> None:
     print(f'wrote {args.output} ({os.path.getsize(args.output)} bytes)')
 
 
-STATS_COLUMNS = ('bytes_exact', 'bytes_kept', 'bytes_coefficients', 'bytes_tables', 'bytes',
-                 'dense_bytes')
+STATS_COLUMNS = ('bytes_exact', 'bytes_kept', 'bytes_coefficients', 'bytes_blocks', 'bytes_scales',
+                 'bytes_tables', 'bytes', 'dense_bytes')
 
 
 def print_stats(args) -> None:

@@ -134,6 +134,26 @@ def mask_bytes(mask: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
     return numpy.ascontiguousarray(ones, dtype=numpy.uint8)
 
 
+def code_bytes(codes: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
+    """`codes`, whole numbers of exactly that shape that fit a byte, as contiguous bytes."""
+    codes = numpy.asarray(codes)
+    if codes.shape != tuple(shape):
+        raise ValueError(f'{name} has shape {codes.shape}, expected {tuple(shape)}')
+    if codes.dtype.kind not in 'iu' or (codes.size and (codes.min() < 0 or codes.max() > 255)):
+        raise ValueError(f'{name} must be whole numbers of 0..255')
+    return numpy.ascontiguousarray(codes, dtype=numpy.uint8)
+
+
+def float_array(values: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
+    """`values`, of exactly that shape, as contiguous float32."""
+    values = numpy.asarray(values)
+    if values.shape != tuple(shape):
+        raise ValueError(f'{name} has shape {values.shape}, expected {tuple(shape)}')
+    if values.dtype.kind not in 'fiu':
+        raise ValueError(f'{name} must be numbers')
+    return numpy.ascontiguousarray(values, dtype=numpy.float32)
+
+
 def int64_list(values: Any, name: str) -> numpy.ndarray:
     """A contiguous array of whole numbers; others are not rounded but refused."""
     array = numpy.asarray(values)

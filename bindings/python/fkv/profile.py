@@ -6,16 +6,18 @@ from typing import Any, Sequence
 
 import numpy
 
-from ._convert import (View, as_enum, ffi, from_c, lib, mask_bytes, new_result, path_bytes,
+from ._convert import (View, as_enum, code_bytes, ffi, float_array, from_c, lib, mask_bytes, new_result, path_bytes,
                        text_bytes, to_c)
 from ._objects import Context, Handle, expect, tensor_pointer
-from ._types import (CalibratorParams, DType, FourierParams, ModelParams, Part, ProfileInfo, Stats)
+from ._types import (CalibratorParams, CodecParams, DType, FourierParams, ModelParams, Part,
+                     ProfileInfo, Stats)
 
 
 class Profile(Handle):
     """A model's geometry, and how each channel of its cache is held. Immutable, for any thread.
 
-    Made by Profile.exact(), fourier(), published(), load(), loads(), or by a Calibrator.
+    Made by Profile.exact(), fourier(), coded(), uniform(), published(), load(), loads(), or by a
+    Calibrator.
     """
 
     _destroy = lib.fkv_profile_destroy
@@ -45,6 +47,41 @@ class Profile(Handle):
         expect(Context, context)._check(lib.fkv_profile_create_fourier(
             context._pointer, struct, fourier, ffi.from_buffer('uint8_t[]', k),
             ffi.from_buffer('uint8_t[]', v), k.nbytes, out))
+        return cls(out[0], context)
+
+    @classmethod
+    def coded(cls, context: Context, model: ModelParams, k_bits: Any, v_bits: Any,
+              k_carrier: Any = None, v_carrier: Any = None,
+              params: CodecParams | None = None) -> 'Profile':
+        """The calibrated coding (docs/codec.md): carriers, and residuals of few bits.
+
+        k_bits, v_bits: [n_layers, Hk, D] of integers, values of fkv.Channel but FOURIER;
+        k_carrier, v_carrier: the same shape of floats, means of K before RoPE and of V; None: zeros.
+        """
+        struct, keep = to_c(ModelParams, model)
+        codec, keep_codec = to_c(CodecParams, params or CodecParams())
+        shape = (struct.n_layers, struct.n_kv_heads, struct.head_dim)
+        k = code_bytes(k_bits, shape, 'k_bits')
+        v = code_bytes(v_bits, shape, 'v_bits')
+        carriers = [None if c is None else float_array(c, shape, name) for c, name in
+                    ((k_carrier, 'k_carrier'), (v_carrier, 'v_carrier'))]
+        pointers = [ffi.NULL if c is None else ffi.from_buffer('float[]', c) for c in carriers]
+        count = max((c.size for c in carriers if c is not None), default=0)
+        out = ffi.new('fkv_profile **')
+        expect(Context, context)._check(lib.fkv_profile_create_coded(
+            context._pointer, struct, codec, ffi.from_buffer('uint8_t[]', k),
+            ffi.from_buffer('uint8_t[]', v), k.nbytes, *pointers, count, out))
+        return cls(out[0], context)
+
+    @classmethod
+    def uniform(cls, context: Context, model: ModelParams, bits: int,
+                params: CodecParams | None = None) -> 'Profile':
+        """The same number of bits for every channel, and no carriers: to compare with."""
+        struct, keep = to_c(ModelParams, model)
+        codec, keep_codec = to_c(CodecParams, params or CodecParams())
+        out = ffi.new('fkv_profile **')
+        expect(Context, context)._check(lib.fkv_profile_create_uniform(
+            context._pointer, struct, codec, bits, out))
         return cls(out[0], context)
 
     @classmethod
@@ -110,6 +147,19 @@ class Profile(Handle):
         self._check(lib.fkv_profile_channels(self._pointer, layer, int(as_enum(Part, part)),
                                              ffi.from_buffer('uint8_t[]', codes), codes.nbytes))
         return codes
+
+    def carriers(self, layer: int, part: Any) -> numpy.ndarray:
+        """The carriers of a layer: [Hk, D] of float32; zeros unless the profile is calibrated."""
+        info = self.info
+        values = numpy.zeros((info.n_kv_heads, info.head_dim), numpy.float32)
+        self._check(lib.fkv_profile_carriers(self._pointer, layer, int(as_enum(Part, part)),
+                                             ffi.from_buffer('float[]', values), values.size))
+        return values
+
+    def match(self, model: ModelParams) -> None:
+        """Raises MismatchError, which names the field, unless the profile is of this model."""
+        struct, keep = to_c(ModelParams, model)
+        self._check(lib.fkv_profile_match(self._pointer, struct))
 
     def estimate(self, tokens: int, period: int = 0) -> Stats:
         """What one sequence of that many tokens will take, without allocating it."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exceptions and enumerations."""
 import pickle
+import re
 
 import fkv
 import pytest
@@ -80,7 +81,9 @@ def test_enums_are_those_of_the_ctypes_module():
                 'Restoration': ('FKV_RESTORE_',), 'CpuLevel': ('FKV_CPU_',)}
     for kind in ENUMS:
         for member in kind:
-            names = [prefix + member.name for prefix in
+            # A name of Python cannot begin with a number.
+                c_name = re.sub(r'^BIT(\d)$', r'\1BIT', member.name)
+                names = [prefix + c_name for prefix in
                      prefixes.get(kind.__name__, (f'FKV_{kind.__name__.upper()}_',))]
             found = [getattr(capi, name) for name in names if hasattr(capi, name)]
             assert found == [member], names
