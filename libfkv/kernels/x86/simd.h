@@ -163,6 +163,16 @@ static FKV_DECL_SPREAD(FKV_NAME(spread)) {
 
 #include "simd_packed.h"
 
+static FKV_DECL_OVER(FKV_NAME(over)) {
+    for (int r = 0; r < rows; r++) {
+        const vf least = v_set1(limit[r]);
+        uint64_t all = 0;
+        for (int t = 0; t < 64; t += VL)
+            all |= v_over(v_load(s + r * s_stride + t), least) << t;
+        bits[r] = all;
+    }
+}
+
 #define SLOTS(name)                                                                                \
     { FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16) }
 
@@ -188,5 +198,7 @@ void FKV_NAME(fkv_kernels_init)(struct fkv_kernels *k) {
         .uncarry = SLOTS(uncarry),
         .gather = SLOTS(gather),
         .carry = FKV_NAME(carry),
+        .turn = SLOTS(turn),
+        .over = FKV_NAME(over),
     };
 }
