@@ -15,7 +15,7 @@ size_t fkv_exact_page_bytes(const struct fkv_profile_object *profile) {
     const struct fkv_model *m = &profile->model;
     return (size_t)m->n_kv_heads * 2 * (size_t)m->head_dim * FKV_TILE *
                element_size(profile->storage_dtype) +
-           FKV_PAD;
+           (profile->coding == FKV_CODING_CALIBRATED ? FKV_TILE * sizeof(int32_t) : 0) + FKV_PAD;
 }
 
 static size_t layer_channels(const struct fkv_profile_object *profile, int layer, bool coded) {
@@ -60,6 +60,11 @@ int64_t fkv_body_tiles(const struct fkv_profile_object *profile, int64_t tokens)
 }
 
 int64_t fkv_tiles_to_code(const struct fkv_profile_object *profile, int64_t tokens) {
+    if (profile->coding == FKV_CODING_CALIBRATED) {
+        int64_t blocks = (tokens - fkv_sinks(profile) - profile->codec.n_local) /
+                         (int64_t)profile->codec.block; /* a negative one is none */
+        return fkv_max64(blocks, 0) * fkv_tiles_per_block(profile);
+    }
     if (profile->coding != FKV_CODING_FOURIER)
         return 0;
     int64_t middle = tokens - fkv_sinks(profile) - profile->fourier.n_local;
@@ -263,15 +268,55 @@ static fkv_status reserve_segments(struct fkv_cache_object *cache, struct fkv_se
     return FKV_OK;
 }
 
+/* ---- pages of coded tiles: kept channels, or blocks */
+
+/* Whether tile i has a page, and its bytes. */
+static bool has_page(const struct fkv_profile_object *p, int layer, int64_t i) {
+    if (p->coding == FKV_CODING_CALIBRATED)
+        return i % fkv_tiles_per_block(p) == 0;
+    return fkv_kept_page_bytes(p, layer) > 0;
+}
+
+static size_t coded_bytes(const struct fkv_cache_object *cache, int layer, const void *page) {
+    if (!page)
+        return 0;
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        return fkv_block_bytes(cache->profile, &cache->layouts[layer].block, page);
+    return fkv_kept_page_bytes(cache->profile, layer);
+}
+
+static void *new_coded(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, int64_t i,
+                       const int32_t *step) {
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        return fkv_block_new(cache, seq, layer, i, step);
+    return fkv_page_new(cache, seq, FKV_CLASS_KEPT, fkv_kept_page_bytes(cache->profile, layer));
+}
+
+static void *share_coded(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                         void *page) {
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        return fkv_block_share(cache, seq, layer, page);
+    return fkv_page_share(cache, seq, FKV_CLASS_KEPT, page, coded_bytes(cache, layer, page));
+}
+
+static void drop_coded_page(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                            void *page) {
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        fkv_block_drop(cache, seq, layer, page);
+    else
+        fkv_page_drop(cache, seq, FKV_CLASS_KEPT, page, coded_bytes(cache, layer, page));
+}
+
 fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
-                             int64_t until, struct fkv_coding_room *room) {
+                             int64_t until, const int32_t *step, struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
     const int64_t count = until - l->n_coded;
     *room = (struct fkv_coding_room){.until = until, .n_segments = l->n_segments};
     if (count <= 0)
         return FKV_OK;
-    const size_t bytes = fkv_kept_page_bytes(cache->profile, layer);
-    fkv_status status = reserve_segments(cache, seq, layer, room);
+    fkv_status status = FKV_OK;
+    if (cache->profile->coding == FKV_CODING_FOURIER)
+        status = reserve_segments(cache, seq, layer, room);
     if (status == FKV_OK) {
         room->kept =
             fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)count * sizeof *room->kept);
@@ -279,18 +324,16 @@ fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq
         if (!room->kept)
             status = fkv_cache_refused(cache);
     }
-    for (int64_t i = 0; status == FKV_OK && bytes && i < count; i++) {
-        room->kept[i] = fkv_page_new(cache, seq, FKV_CLASS_KEPT, bytes);
+    for (int64_t i = 0; status == FKV_OK && i < count; i++) {
+        if (!has_page(cache->profile, layer, l->n_coded + i))
+            continue;
+        room->kept[i] = new_coded(cache, seq, layer, l->n_coded + i, step);
         if (!room->kept[i])
             status = fkv_cache_refused(cache);
     }
     if (status != FKV_OK)
         fkv_layer_unreserve(cache, seq, layer, room);
     return status;
-}
-
-static void drop_kept(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, void *page) {
-    fkv_page_drop(cache, seq, FKV_CLASS_KEPT, page, fkv_kept_page_bytes(cache->profile, layer));
 }
 
 static void free_kept_table(struct fkv_cache_object *cache, struct fkv_seq *seq,
@@ -305,7 +348,7 @@ void fkv_layer_unreserve(struct fkv_cache_object *cache, struct fkv_seq *seq, in
                          struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
     for (int64_t i = 0; i < room->kept_count; i++)
-        drop_kept(cache, seq, layer, room->kept[i]);
+        drop_coded_page(cache, seq, layer, room->kept[i]);
     free_kept_table(cache, seq, room);
     drop_segment(cache, seq, layer, room->open);
     room->open = NULL;
@@ -349,6 +392,8 @@ void fkv_layer_seal(struct fkv_cache_object *cache, struct fkv_seq *seq, int lay
         void **tile = &l->tiles[l->n_coded + i];
         drop_exact(cache, seq, *tile);
         *tile = room->kept[i];
+        if (*tile && cache->profile->coding == FKV_CODING_CALIBRATED)
+            fkv_layer_note_block(cache, l, layer, l->n_coded + i, *tile);
     }
     l->n_coded += room->kept_count;
     free_kept_table(cache, seq, room);
@@ -364,11 +409,11 @@ static void drop_coded(struct fkv_cache_object *cache, struct fkv_seq *seq, int 
         return;
     const int64_t segments = fkv_ceil_div(first, fkv_tiles_per_segment(seq->period));
     for (int64_t i = first; i < l->n_coded; i++)
-        drop_kept(cache, seq, layer, l->tiles[i]);
+        drop_coded_page(cache, seq, layer, l->tiles[i]);
     for (int64_t i = segments; i < l->n_segments; i++)
         drop_segment(cache, seq, layer, l->segments[i]);
     l->n_coded = l->n_tiles = first;
-    l->n_segments = segments;
+    l->n_segments = fkv_min64(l->n_segments, segments);
 }
 
 void fkv_layer_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
@@ -429,10 +474,9 @@ fkv_status fkv_layer_fork(struct fkv_cache_object *cache, const struct fkv_seq *
     if (status != FKV_OK)
         return status;
     const size_t exact = fkv_exact_page_bytes(cache->profile);
-    const size_t kept = from->n_coded ? fkv_kept_page_bytes(cache->profile, layer) : 0;
     for (int64_t i = 0; i < from->n_tiles; i++)
         l->tiles[i] = i < from->n_coded
-                          ? fkv_page_share(cache, child, FKV_CLASS_KEPT, from->tiles[i], kept)
+                          ? share_coded(cache, child, layer, from->tiles[i])
                           : fkv_page_share(cache, child, FKV_CLASS_EXACT, from->tiles[i], exact);
     for (int64_t i = 0; i < from->n_segments; i++)
         l->segments[i] = share_segment(cache, child, layer, from->segments[i]);
@@ -441,6 +485,8 @@ fkv_status fkv_layer_fork(struct fkv_cache_object *cache, const struct fkv_seq *
     l->n_coded = from->n_coded;
     l->n_tiles = from->n_tiles;
     l->n_segments = from->n_segments;
+    l->shift = from->shift;
+    l->uneven = from->uneven;
     return FKV_OK;
 }
 
@@ -448,10 +494,9 @@ uint64_t fkv_layer_shared_bytes(const struct fkv_cache_object *cache, const stru
                                 int layer) {
     const struct fkv_layer *l = &seq->layers[layer];
     const size_t exact = fkv_exact_page_bytes(cache->profile);
-    const size_t kept = l->n_coded ? fkv_kept_page_bytes(cache->profile, layer) : 0;
     uint64_t bytes = fkv_page_shared(l->sink, exact) ? exact : 0;
     for (int64_t i = 0; i < l->n_tiles; i++) {
-        const size_t size = i < l->n_coded ? kept : exact;
+        const size_t size = i < l->n_coded ? coded_bytes(cache, layer, l->tiles[i]) : exact;
         bytes += fkv_page_shared(l->tiles[i], size) ? size : 0;
     }
     for (int64_t i = 0; i < l->n_segments; i++) {
