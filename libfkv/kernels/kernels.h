@@ -147,13 +147,18 @@ struct fkv_taps {
     void name(float *y, ptrdiff_t y_stride, const float *weights, ptrdiff_t w_stride, int half,    \
               const float *c, const float *s, const float *project, int pairs, int fast, int rows)
 
-/* Keys of a tile turned by RoPE: for pair j of `pairs`, a = j * step and b = a + distance,
+/* Keys of a tile turned by RoPE: for pair j of `pairs`, a = first[j] and b = second[j],
  * y[a][t] = k[a][t] cos[j][t] - k[b][t] sin[j][t] and y[b][t] = k[b][t] cos[j][t] + k[a][t] sin[j][t]; channels
- * from 2 * pairs on are copied. y is [dims][64]; slots first..end-1 are written, and perhaps others of the same
- * sixteen. */
+ * from 2 * pairs on are copied. y is [dims][64] and may be k; slots from..end-1 are written, and perhaps others of
+ * the same sixteen. */
 #define FKV_DECL_TURN(name)                                                                        \
-    void name(float *y, const void *k, int dims, int pairs, int step, int distance,                \
-              const float *cos, const float *sin, int first, int end)
+    void name(float *y, const void *k, int dims, int pairs, const uint8_t *first,                  \
+              const uint8_t *second, const float *cos, const float *sin, int from, int end)
+/* x[list[c]][t] = carrier[list[c]] + zero[c] + scale[c] * code[c][t], t = 0..63, for the packed channels of a key
+ * tile; x is [..][64], scale and zero are f16. */
+#define FKV_DECL_UNPACK(name)                                                                      \
+    void name(float *x, const void *k, const uint16_t counts[FKV_N_PACKED], const uint8_t *list,   \
+              const uint16_t *scale, const uint16_t *zero, const float *carrier)
 /* Bit t of bits[r] is s[r][t] > limit[r], t = 0..63; NaN is not over anything. */
 #define FKV_DECL_OVER(name)                                                                        \
     void name(uint64_t *bits, const float *s, ptrdiff_t s_stride, const float *limit, int rows)
@@ -178,6 +183,7 @@ typedef FKV_DECL_UNCARRY((*fkv_uncarry_fn));
 typedef FKV_DECL_GATHER((*fkv_gather_fn));
 typedef FKV_DECL_CARRY((*fkv_carry_fn));
 typedef FKV_DECL_TURN((*fkv_turn_fn));
+typedef FKV_DECL_UNPACK((*fkv_unpack_fn));
 typedef FKV_DECL_OVER((*fkv_over_fn));
 
 /* Slots by storage type; contract, expand and accumulate exist for F32 and F16 (BF16 slots are filled
@@ -203,6 +209,7 @@ struct fkv_kernels {
     fkv_gather_fn gather[FKV_N_STORE];
     fkv_carry_fn carry;
     fkv_turn_fn turn[FKV_N_STORE];
+    fkv_unpack_fn unpack;
     fkv_over_fn over;
 };
 

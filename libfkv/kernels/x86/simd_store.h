@@ -251,9 +251,9 @@ static FKV_DECL_GATHER(NAME(gather)) {
 
 static FKV_DECL_TURN(NAME(turn)) {
     const ELEMENT *key = k;
-    const int begin = first / VL * VL;
+    const int begin = from / VL * VL;
     for (int j = 0; j < pairs; j++) {
-        const int a = j * step * 64, b = a + distance * 64;
+        const int a = first[j] * 64, b = second[j] * 64;
         for (int t = begin; t < end; t += VL) {
             const vf x = LOAD(key + a + t), z = LOAD(key + b + t);
             const vf c = v_load(cos + j * 64 + t), s = v_load(sin + j * 64 + t);
