@@ -13,7 +13,7 @@ static int runs(int full) {
 
 static void run_some(const char *name, property_fn property, int count) {
     for (int i = 0; i < runs(count); i++) {
-        struct config c = forks_draw(&rng, i % 2);
+        struct config c = forks_draw(&rng, i % N_KIND);
         property_run(name, property, &c);
     }
 }
@@ -86,7 +86,7 @@ static void part_ways(const struct config *c) {
 
 static void fork_then_part(void **state) {
     (void)state;
-    run_some("part_ways", part_ways, 40);
+    run_some("part_ways", part_ways, 60);
 }
 
 /* Parent and children in one batch, all of them writing to what they share. */
@@ -127,7 +127,7 @@ static void together(const struct config *c) {
 
 static void forks_in_a_batch(void **state) {
     (void)state;
-    run_some("together", together, 40);
+    run_some("together", together, 60);
 }
 
 /* Four beams over some steps: each takes up one of the last step's. */
@@ -175,7 +175,7 @@ static void beams(const struct config *c) {
 
 static void beam_search(void **state) {
     (void)state;
-    run_some("beams", beams, 24);
+    run_some("beams", beams, 36);
 }
 
 /* 10 000 forks of one sequence, which goes first. */
@@ -183,8 +183,8 @@ static void many_forks(void **state) {
     enum { N = 10000 };
     static fkv_sequence id[N];
     (void)state;
-    for (int fourier = 0; fourier < 2; fourier++) {
-        struct config c = forks_draw(&rng, fourier);
+    for (enum coding_kind kind = 0; kind < N_KIND; kind++) {
+        struct config c = forks_draw(&rng, kind);
         struct world w;
         struct stream s;
         c.tokens = 300;
@@ -309,14 +309,14 @@ static void cropped(const struct config *c) {
 
 static void crop_is_append(void **state) {
     (void)state;
-    run_some("cropped", cropped, 40);
+    run_some("cropped", cropped, 60);
 }
 
 /* Drafts of up to n_local tokens are taken back, now and then, while a sequence grows one by one. */
 static void drafts(const struct config *c) {
     struct world w;
     struct stream s, draft;
-    int64_t last_coded = 0, most = c->fourier ? c->params.n_local : 70;
+    int64_t last_coded = 0, most = c->fourier || c->calibrated ? config_local(c) : 70;
 
     world_open(&w, c);
     stream_init(&s, c, 1, c->tokens);
@@ -344,7 +344,7 @@ static void drafts(const struct config *c) {
 
 static void drafts_taken_back(void **state) {
     (void)state;
-    run_some("drafts", drafts, 60);
+    run_some("drafts", drafts, 90);
 }
 
 /* A step that only some layers have had is taken back, or cannot be and is finished. */
@@ -404,7 +404,7 @@ static void half_step(const struct config *c) {
 
 static void half_steps(void **state) {
     (void)state;
-    run_some("half_step", half_step, 80);
+    run_some("half_step", half_step, 120);
 }
 
 int main(void) {
