@@ -131,6 +131,10 @@ struct fkv_place {
 struct fkv_place fkv_page_place(const struct fkv_longjob *job, const struct fkv_party *party,
                                 int64_t page, int head, fkv_part part);
 
+/* The sinks' keys as a tile [D][64], of the storage type, at `to`. */
+const void *fkv_spread_sinks(const struct fkv_longjob *job, const struct fkv_place *place,
+                             void *to);
+
 /* select.c: pool functions over a round's scan units and over its parties. */
 void fkv_scan_unit(void *arg, int64_t unit, int thread);
 void fkv_choose(void *arg, int64_t party, int thread);

@@ -15,7 +15,7 @@ struct fkv_place fkv_page_place(const struct fkv_longjob *job, const struct fkv_
     if (page < 0 || page >= l->n_coded) {
         const void *at = page < 0 ? l->sink : l->tiles[page];
         return (struct fkv_place){
-            .exact = fkv_element(at, p->storage_dtype, fkv_exact_offset(p, head, part)),
+            .exact = fkv_element(at, p->storage_dtype, fkv_page_offset(p, page < 0, head, part)),
             .group = -1};
     }
     const struct fkv_head_layout *layout = &job->plan->cache->layouts[job->layer].heads[head];
@@ -31,6 +31,18 @@ struct fkv_place fkv_page_place(const struct fkv_longjob *job, const struct fkv_
     place.codes = place.exact + fkv_exact_tile_bytes(p, r);
     place.zero = place.scale + r->quantised;
     return place;
+}
+
+const void *fkv_spread_sinks(const struct fkv_longjob *job, const struct fkv_place *place,
+                             void *to) {
+    const struct fkv_profile_object *p = job->profile;
+    const size_t room = (size_t)fkv_page_room(p, true), size = fkv_dtype_size(p->storage_dtype);
+    for (size_t d = 0; d < (size_t)p->model.head_dim; d++) {
+        char *row = (char *)to + d * FKV_TILE * size;
+        memcpy(row, place->exact + d * room * size, room * size);
+        memset(row + room * size, 0, (FKV_TILE - room) * size);
+    }
+    return to;
 }
 
 /* ---- scanning */
@@ -102,14 +114,15 @@ static void load_queries(struct scan *s) {
     }
 }
 
-static void score_exact(const struct scan *s, const struct fkv_place *place, const void *next) {
+static void score_exact(const struct scan *s, bool sinks, const struct fkv_place *place,
+                        const void *next) {
     const struct fkv_profile_object *p = s->job->profile;
     const struct fkv_kernels *kernels = s->job->kernels;
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
     const int D = p->model.head_dim;
-    if (s->rows < 12 || store == FKV_STORE_F32) {
-        kernels->scores[store](s->scores, FKV_TILE, s->q, s->stride, place->exact, D, s->rows, 0,
-                               next);
+    if (s->rows < 12 || store == FKV_STORE_F32 || sinks) {
+        const void *keys = sinks ? fkv_spread_sinks(s->job, place, s->tile) : place->exact;
+        kernels->scores[store](s->scores, FKV_TILE, s->q, s->stride, keys, D, s->rows, 0, next);
         return;
     }
     kernels->widen[store](s->tile, place->exact, (size_t)D * FKV_TILE);
@@ -192,7 +205,7 @@ void fkv_scan_unit(void *arg, int64_t unit, int thread) {
         if (place.codes)
             score_coded(&s, &place, next.codes);
         else
-            score_exact(&s, &place, next.codes ? NULL : next.exact);
+            score_exact(&s, page < 0, &place, next.codes ? NULL : next.exact);
         pick_page(&s, first, (~UINT64_C(0) >> (64 - (high - low))) << low);
     }
     for (int r = 0; r < s.rows; r++)

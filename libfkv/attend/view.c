@@ -37,6 +37,7 @@ struct chunk {
     float *turned; /* [rows][stride]: queries for the piece at hand */
     float *kept;   /* [rows][stride]: outputs in the order of coded channels */
     float *tile;   /* [D][64] */
+    float *sinks;  /* the same, of the storage type */
 };
 
 static struct unit unit_at(const struct fkv_longjob *job, int64_t index, int thread) {
@@ -130,6 +131,7 @@ static struct chunk chunk_at(const struct unit *u, int64_t index, int thread) {
     c.turned = c.scores + FKV_UNIT_ROWS * SCORES;
     c.kept = c.turned + FKV_UNIT_ROWS * (ptrdiff_t)u->stride;
     c.tile = c.kept + FKV_UNIT_ROWS * (ptrdiff_t)u->stride;
+    c.sinks = c.tile + u->stride * (ptrdiff_t)FKV_TILE;
     return c;
 }
 
@@ -161,13 +163,15 @@ static void score_piece(const struct chunk *c, int i) {
     const struct fkv_profile_object *p = job->profile;
     const struct fkv_waves *w = p->waves;
     const struct fkv_piece *piece = &c->pieces[i];
-    const struct fkv_place place = place_of(c, i, FKV_PART_K);
+    struct fkv_place place = place_of(c, i, FKV_PART_K);
     const int D = p->model.head_dim;
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
     const float *q = u->q;
     float *s = c->scores + i * FKV_TILE;
     if (c->coded)
         unpack(c, &place);
+    if (piece->page < 0)
+        place.exact = fkv_spread_sinks(job, &place, c->sinks);
     if (!w && !c->coded) {
         job->kernels->scores[store](s, SCORES, q, u->stride, place.exact, D, u->rows, 0, NULL);
         return;
