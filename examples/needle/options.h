@@ -19,7 +19,9 @@ struct needle_options {
     size_t items;
     uint64_t seed;
     int32_t threads; /* 0: all processors */
-    size_t chunk;    /* 0: the whole context at once */
+    size_t chunk;    /* 0: the whole context at once, with selection select.chunk */
+    bool longcache;
+    int32_t scope; /* 0: the model's trained window */
     bool json;
     bool help;
     bool version;
