@@ -143,7 +143,10 @@ static int select_tokens(struct program *p, struct needle_engine *engine, size_t
 static int make_item(struct program *p, size_t index, struct needle_item *item) {
     const struct needle_options *o = &p->options;
     const struct needle_source source = {needle_text_half(&p->text, 1), &p->words};
-    struct needle_random random = needle_random_stream(o->seed, index);
+    struct needle_random random = needle_random_stream(o->seed, o->together ? 0 : index);
+    if (o->together) {
+        return needle_item_together(source, o->context, o->items, index, &random, item, &p->error);
+    }
     switch (o->task) {
     case NEEDLE_TASK_COPY:
         return needle_item_copy(source, o->context, &random, item, &p->error);
@@ -185,6 +188,7 @@ static int ask_all(struct program *p) {
     struct needle_run run = {.engine = &engine,
                              .task = p->options.task,
                              .chunk = p->options.chunk,
+                             .together = p->options.together,
                              .n_sink = p->info.n_sink,
                              .n_local = p->info.n_local,
                              .logits = p->logits,
