@@ -67,7 +67,7 @@ struct fkv_chosen {
 struct fkv_longcache {
     fkv_select_params params;
     int64_t parties_n, rounds_n, round_most; /* the most parties of a round */
-    int64_t clip; /* most spans of any party */
+    int64_t clip;                            /* most spans of any party */
     int64_t pieces_most, chunks_most, runs_most;
     int64_t votes, voters;           /* picks of a party, and votes for one key, at most */
     int64_t partial, state, scratch; /* floats */
@@ -123,8 +123,8 @@ static inline int64_t fkv_page_of(const struct fkv_profile_object *p, int64_t to
 
 /* Where K or V of a page lies for one head. */
 struct fkv_place {
-    const char *exact; /* all channels of an exact page, the exact ones of a coded tile */
-    const char *codes; /* NULL: an exact page */
+    const char *exact; /* the exact channels of a coded tile, or all */
+    const char *codes; /* NULL: all channels are exact */
     const uint16_t *scale, *zero;
     int64_t group; /* of the middle: where scales change; -1: an exact page */
 };

@@ -28,6 +28,8 @@ struct fkv_place fkv_page_place(const struct fkv_longjob *job, const struct fkv_
                  in_block * FKV_TILE / p->codec.group * 2 * r->quantised,
         .group = page * FKV_TILE / p->codec.group,
     };
+    if (r->count[FKV_WIDTH_EXACT] == p->model.head_dim) /* the tile is a panel like any other */
+        return place;
     place.codes = place.exact + fkv_exact_tile_bytes(p, r);
     place.zero = place.scale + r->quantised;
     return place;
@@ -130,7 +132,8 @@ static void score_exact(const struct scan *s, bool sinks, const struct fkv_place
                                    NULL);
 }
 
-static void score_coded(struct scan *s, const struct fkv_place *place, const void *next) {
+static void score_coded(struct scan *s, const struct fkv_place *place,
+                        const struct fkv_place *next) {
     const struct fkv_profile_object *p = s->job->profile;
     const struct fkv_kernels *kernels = s->job->kernels;
     const struct fkv_residuals *k = fkv_profile_residuals(p, s->job->layer, FKV_PART_K, s->head);
@@ -143,10 +146,11 @@ static void score_coded(struct scan *s, const struct fkv_place *place, const voi
         s->group = place->group;
     }
     kernels->scores_packed(s->scores, FKV_TILE, s->folded, s->stride, s->base, place->codes,
-                           k->count + FKV_WIDTH_8, s->rows, 0, next);
+                           k->count + FKV_WIDTH_8, s->rows, 0, k->quantised ? next->codes : NULL);
     if (exact)
         kernels->scores[fkv_store_of(p->storage_dtype)](s->scores, FKV_TILE, s->permuted, s->stride,
-                                                        place->exact, exact, s->rows, 1, NULL);
+                                                        place->exact, exact, s->rows, 1,
+                                                        next->exact);
 }
 
 /* Into a list in descending order; equal scores stay in the order in which they came, which is that of the tokens.
@@ -203,7 +207,7 @@ void fkv_scan_unit(void *arg, int64_t unit, int thread) {
         if (page + 1 < until)
             next = fkv_page_place(job, s.party, page + 1, s.head, FKV_PART_K);
         if (place.codes)
-            score_coded(&s, &place, next.codes);
+            score_coded(&s, &place, &next);
         else
             score_exact(&s, page < 0, &place, next.codes ? NULL : next.exact);
         pick_page(&s, first, (~UINT64_C(0) >> (64 - (high - low))) << low);

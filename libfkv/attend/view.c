@@ -32,7 +32,7 @@ struct chunk {
     const struct fkv_piece *pieces;
     const float *turns;
     int n;
-    bool coded;
+    bool coded;    /* some channels of V */
     float *scores; /* [rows][SCORES] */
     float *turned; /* [rows][stride]: queries for the piece at hand */
     float *kept;   /* [rows][stride]: outputs in the order of coded channels */
@@ -118,6 +118,10 @@ static void begin(const struct unit *u) {
 
 /* ---- a chunk */
 
+static struct fkv_place place_of(const struct chunk *c, int i, fkv_part part) {
+    return fkv_page_place(c->u->job, c->u->party, c->pieces[i].page, c->u->head, part);
+}
+
 static struct chunk chunk_at(const struct unit *u, int64_t index, int thread) {
     const struct fkv_longcache *lc = u->job->lc;
     const int32_t *bounds = lc->chunks + u->index * (lc->chunks_most + 1) + index;
@@ -133,10 +137,6 @@ static struct chunk chunk_at(const struct unit *u, int64_t index, int thread) {
     c.tile = c.kept + FKV_UNIT_ROWS * (ptrdiff_t)u->stride;
     c.sinks = c.tile + u->stride * (ptrdiff_t)FKV_TILE;
     return c;
-}
-
-static struct fkv_place place_of(const struct chunk *c, int i, fkv_part part) {
-    return fkv_page_place(c->u->job, c->u->party, c->pieces[i].page, c->u->head, part);
 }
 
 /* A coded tile's keys as f32. */
@@ -168,11 +168,14 @@ static void score_piece(const struct chunk *c, int i) {
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
     const float *q = u->q;
     float *s = c->scores + i * FKV_TILE;
-    if (c->coded)
+    const void *next =
+        i + 1 < c->n ? place_of(c, i + 1, FKV_PART_K).exact : place_of(c, 0, FKV_PART_V).exact;
+    const bool packed = place.codes;
+    if (packed)
         unpack(c, &place);
     if (piece->page < 0)
         place.exact = fkv_spread_sinks(job, &place, c->sinks);
-    if (!w && !c->coded) {
+    if (!w && !packed) {
         job->kernels->scores[store](s, SCORES, q, u->stride, place.exact, D, u->rows, 0, NULL);
         return;
     }
@@ -182,9 +185,9 @@ static void score_piece(const struct chunk *c, int i) {
             turn_query(w, turn, turn + w->pairs, u->q + (ptrdiff_t)r * u->stride,
                        c->turned + (ptrdiff_t)r * u->stride, D);
         q = c->turned;
-        job->kernels->turn[c->coded ? FKV_STORE_F32 : store](
-            c->tile, c->coded ? (const void *)c->tile : place.exact, D, w->pairs, w->first,
-            w->second, w->cos, w->sin, piece->from, piece->end);
+        job->kernels->turn[packed ? FKV_STORE_F32 : store](
+            c->tile, packed ? (const void *)c->tile : place.exact, D, w->pairs, w->first, w->second,
+            w->cos, w->sin, piece->from, piece->end, packed ? NULL : next);
     }
     job->kernels->scores[FKV_STORE_F32](s, SCORES, q, u->stride, c->tile, D, u->rows, 0, NULL);
 }
@@ -221,9 +224,13 @@ static void weigh_piece(const struct chunk *c, int i, int first, int end, int un
     const float *weights = c->scores + (ptrdiff_t)first * SCORES + i * FKV_TILE;
     float *o = (c->coded ? c->kept : to->o) + (ptrdiff_t)first * u->stride;
     if (!c->coded) {
+        const void *next = NULL;
+        if (i + 1 < c->n)
+            next = fkv_element(place_of(c, i + 1, FKV_PART_V).exact, p->storage_dtype,
+                               (size_t)c->pieces[i + 1].from * (size_t)D);
         weigh(o, u->stride, weights + from, SCORES,
               fkv_element(place.exact, p->storage_dtype, (size_t)from * (size_t)D), D, until - from,
-              rows, NULL);
+              rows, next);
         return;
     }
     const struct fkv_residuals *v = fkv_profile_residuals(p, job->layer, FKV_PART_V, u->head);

@@ -150,10 +150,11 @@ struct fkv_taps {
 /* Keys of a tile turned by RoPE: for pair j of `pairs`, a = first[j] and b = second[j],
  * y[a][t] = k[a][t] cos[j][t] - k[b][t] sin[j][t] and y[b][t] = k[b][t] cos[j][t] + k[a][t] sin[j][t]; channels
  * from 2 * pairs on are copied. y is [dims][64] and may be k; slots from..end-1 are written, and perhaps others of
- * the same sixteen. */
+ * the same sixteen. next as in SCORES. */
 #define FKV_DECL_TURN(name)                                                                        \
     void name(float *y, const void *k, int dims, int pairs, const uint8_t *first,                  \
-              const uint8_t *second, const float *cos, const float *sin, int from, int end)
+              const uint8_t *second, const float *cos, const float *sin, int from, int end,        \
+              const void *next)
 /* x[list[c]][t] = carrier[list[c]] + zero[c] + scale[c] * code[c][t], t = 0..63, for the packed channels of a key
  * tile; x is [..][64], scale and zero are f16. */
 #define FKV_DECL_UNPACK(name)                                                                      \

@@ -11,6 +11,7 @@ static float from_f32(float x) {
 #define DEFINE_TURN(store, element, load)                                                          \
     static FKV_DECL_TURN(turn_##store) {                                                           \
         const element *key = k;                                                                    \
+        (void)next;                                                                                \
         for (int j = 0; j < pairs; j++)                                                            \
             for (int t = from; t < end; t++) {                                                     \
                 const int a = first[j] * 64 + t, b = second[j] * 64 + t;                           \
