@@ -326,6 +326,17 @@ static int64_t cut_pieces(const struct fkv_profile_object *p, const struct fkv_r
     return count;
 }
 
+/* Tiles whose values come from codes. Where all channels are exact it is as if nothing were coded: how much is, then
+ * has no influence on the chunks. */
+static int64_t coded_tiles(const struct fkv_longjob *job, const struct fkv_party *party) {
+    const struct fkv_model *m = &job->profile->model;
+    for (int h = 0; h < m->n_kv_heads; h++)
+        if (fkv_profile_residuals(job->profile, job->layer, FKV_PART_V, h)->count[FKV_WIDTH_EXACT] <
+            m->head_dim)
+            return fkv_party_layer(job, party)->n_coded;
+    return 0;
+}
+
 /* Chunks of pieces that are held alike. */
 static int64_t cut_chunks(const struct fkv_piece *pieces, int64_t n, int64_t coded,
                           int32_t *chunks) {
@@ -373,7 +384,7 @@ void fkv_choose(void *arg, int64_t index, int thread) {
         n = add_run(runs, n, spans[i].first, spans[i].end);
     n = add_run(runs, n, middle.end, party->tokens);
     party->pieces = cut_pieces(job->profile, runs, n, pieces, &party->width);
-    party->chunks = cut_chunks(pieces, party->pieces, fkv_party_layer(job, party)->n_coded,
+    party->chunks = cut_chunks(pieces, party->pieces, coded_tiles(job, party),
                                lc->chunks + index * (lc->chunks_most + 1));
     turn_pieces(job, pieces, party->pieces, lc->turns + index * lc->pieces_most * 2 * pairs);
     if (!party->last)

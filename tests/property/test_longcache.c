@@ -363,8 +363,191 @@ static void against_statement(void **state) {
     }
 }
 
+/* ---- invariance, with any numbers: the same bits */
+
+/* A step of several sequences, each with its own tokens first..first+count-1. */
+static void batch_step(struct world *w, int n, const fkv_sequence *ids, const struct tokens *t,
+                       const int64_t *first, const int64_t *count, float **out) {
+    const struct setting *s = &w->set;
+    const int64_t hq = s->kv_heads * s->group, row[2] = {hq * s->dim, s->kv_heads * s->dim};
+    int64_t all = 0, at = 0;
+    for (int i = 0; i < n; i++)
+        all += count[i];
+    float *x[4];
+    for (int i = 0; i < 4; i++)
+        x[i] = calloc((size_t)(all * row[0] + 1), sizeof(float));
+    for (int i = 0; i < n; at += count[i++]) {
+        memcpy(x[0] + at * row[0], t[i].q + first[i] * row[0],
+               (size_t)(count[i] * row[0]) * sizeof(float));
+        memcpy(x[1] + at * row[1], t[i].k + first[i] * row[1],
+               (size_t)(count[i] * row[1]) * sizeof(float));
+        memcpy(x[2] + at * row[1], t[i].v + first[i] * row[1],
+               (size_t)(count[i] * row[1]) * sizeof(float));
+    }
+    const int64_t shape[] = {all, hq, s->dim}, kv[] = {all, s->kv_heads, s->dim};
+    fkv_tensor q, k, v, o;
+    fkv_batch batch;
+    fkv_batch_init(&batch, sizeof batch);
+    batch.count = n;
+    batch.sequences = ids;
+    batch.n_new = count;
+    OK(fkv_plan_update(w->plan, &batch));
+    OK(fkv_tensor_init(&q, x[0], FKV_DTYPE_F32, 3, shape));
+    OK(fkv_tensor_init(&k, x[1], FKV_DTYPE_F32, 3, kv));
+    OK(fkv_tensor_init(&v, x[2], FKV_DTYPE_F32, 3, kv));
+    OK(fkv_tensor_init(&o, x[3], FKV_DTYPE_F32, 3, shape));
+    OK(fkv_append_attend(w->plan, 0, &q, &k, &v, &o, NULL));
+    at = 0;
+    for (int i = 0; i < n; at += count[i++])
+        memcpy(out[i] + first[i] * row[0], x[3] + at * row[0],
+               (size_t)(count[i] * row[0]) * sizeof(float));
+    for (int i = 0; i < 4; i++)
+        free(x[i]);
+}
+
+static struct tokens tokens_of(const struct setting *set, uint64_t seed) {
+    struct random keep = rng;
+    struct world w = {.set = *set};
+    random_init(&rng, seed);
+    struct tokens t = make_tokens(&w);
+    rng = keep;
+    return t;
+}
+
+/* Steps that end at multiples of `cut`; with neighbours of other lengths, or alone. The last selection goes to
+ * spans, -1 behind them. */
+static float *feed(const struct setting *set, int threads, int64_t cut, int neighbours,
+                   int64_t spans[2 * MAX_SPANS + 1]) {
+    struct setting own = *set;
+    struct world w;
+    fkv_sequence ids[4];
+    struct tokens t[4];
+    float *out[4];
+    own.threads = threads;
+    open_world(&w, &own);
+    const int n = neighbours + 1, mine = neighbours / 2;
+    for (int i = 0; i < n; i++) {
+        struct setting other = own;
+        other.tokens = i == mine ? own.tokens : own.tokens * (i + 1) / 5;
+        t[i] = tokens_of(&other, i == mine ? 77 : (uint64_t)i);
+        out[i] = outputs(&w, t[i].n);
+        OK(fkv_sequence_create(w.cache, NULL, &ids[i]));
+    }
+    int64_t first[4] = {0}, count[4];
+    while (first[mine] < t[mine].n) {
+        for (int i = 0; i < n; i++) {
+            const int64_t left = t[i].n - first[i], step = cut * (1 + (i == mine ? 0 : i));
+            count[i] = left < step ? left : step;
+        }
+        batch_step(&w, n, ids, t, first, count, out);
+        for (int i = 0; i < n; i++)
+            first[i] += count[i];
+    }
+    fkv_selection got = {.struct_size = sizeof got};
+    OK(fkv_plan_selection(w.plan, mine, &got, spans, 2 * MAX_SPANS));
+    spans[2 * got.spans] = -1;
+    for (int i = 0; i < n; i++) {
+        free_tokens(&t[i]);
+        if (i != mine)
+            free(out[i]);
+    }
+    close_world(&w);
+    return out[mine];
+}
+
+static void same_bits(void **state) {
+    (void)state;
+    static const int bits[] = {16, 16, 8, 4, 3, 2};
+    for (int i = 0; i < runs(24); i++) {
+        struct setting set = draw();
+        set.whole = false;
+        set.bits = bits[i % 6];
+        set.tokens = random_int(&rng, 300, 900);
+        set.select.chunk = (int)random_int(&rng, 1, set.select.n_local);
+        const int64_t chunk = set.select.chunk, far = (set.tokens / chunk + 1) * chunk;
+        const bool exact = set.bits == 16; /* what is coded between steps depends on them */
+        const size_t bytes =
+            (size_t)(set.tokens * set.kv_heads * set.group * set.dim) * sizeof(float);
+        int64_t want[2 * MAX_SPANS + 1], spans[2 * MAX_SPANS + 1];
+        float *base = feed(&set, 1, chunk, 0, want);
+        const struct {
+            int threads, neighbours;
+            int64_t cut;
+        } others[] = {{2, 0, chunk}, {8, 0, chunk},     {1, 3, chunk},
+                      {3, 2, chunk}, {1, 0, 3 * chunk}, {2, 1, far}};
+        for (int j = 0; j < (exact ? 6 : 4); j++) {
+            float *out = feed(&set, others[j].threads, others[j].cut, others[j].neighbours, spans);
+            assert_memory_equal(base, out, bytes);
+            for (int n = 0; n == 0 || want[n - 1] >= 0; n++)
+                assert_int_equal(want[n], spans[n]);
+            free(out);
+        }
+        free(base);
+    }
+}
+
+/* ---- coded keys: what was selected is attended to as it is held; what fits is all seen, as by plain attention */
+
+static void coded_view(void **state) {
+    (void)state;
+    static const int bits[] = {16, 8, 4, 3, 2, 0};
+    for (int i = 0; i < runs(36); i++) {
+        struct setting set = draw();
+        struct world w;
+        fkv_plan *plain;
+        fkv_sequence id;
+        set.whole = false;
+        set.bits = bits[i % 6];
+        set.storage = FKV_DTYPE_F32;
+        const int64_t scope = set.select.n_global + set.select.n_local +
+                              (set.select.top_k ? set.select.clip * set.select.span : 0);
+        set.tokens = scope < 900 ? scope : 900;
+        open_world(&w, &set);
+        OK(fkv_plan_create(w.cache, &plain));
+        struct tokens t = make_tokens(&w);
+        OK(fkv_sequence_create(w.cache, NULL, &id));
+        const int64_t row = set.kv_heads * set.group * set.dim;
+        float *a = outputs(&w, t.n), *b = outputs(&w, t.n), *lse = outputs(&w, t.n);
+        step(&w, id, &t, 0, t.n - 1, false, a, lse);
+        step(&w, id, &t, t.n - 1, 1, true, a, lse);
+        const int64_t one = 1, shape[] = {1, set.kv_heads * set.group, set.dim};
+        fkv_tensor q, o;
+        fkv_batch batch;
+        OK(fkv_tensor_init(&q, t.q + (t.n - 1) * row, FKV_DTYPE_F32, 3, shape));
+        OK(fkv_tensor_init(&o, b + (t.n - 1) * row, FKV_DTYPE_F32, 3, shape));
+        /* plain attention, the step's token being there already: crop it and append it again */
+        const int64_t kv[] = {1, set.kv_heads, set.dim};
+        fkv_tensor k, v;
+        int64_t limit;
+        OK(fkv_sequence_crop_limit(w.cache, id, &limit));
+        if (limit <= t.n - 1) {
+            OK(fkv_sequence_crop(w.cache, id, t.n - 1));
+            fkv_batch_init(&batch, sizeof batch);
+            batch.count = 1;
+            batch.sequences = &id;
+            batch.n_new = &one;
+            OK(fkv_plan_update(plain, &batch));
+            OK(fkv_tensor_init(&k, t.k + (t.n - 1) * kv[1] * kv[2], FKV_DTYPE_F32, 3, kv));
+            OK(fkv_tensor_init(&v, t.v + (t.n - 1) * kv[1] * kv[2], FKV_DTYPE_F32, 3, kv));
+            OK(fkv_append(plain, 0, &k, &v));
+            OK(fkv_attend(plain, 0, &q, &o, NULL));
+            for (int64_t d = 0; d < row; d++)
+                if (!(fabsf(a[(t.n - 1) * row + d] - b[(t.n - 1) * row + d]) <= 2e-4f))
+                    fail_msg("%d bits: %g, plain attention %g", set.bits,
+                             (double)a[(t.n - 1) * row + d], (double)b[(t.n - 1) * row + d]);
+        }
+        free(a);
+        free(b);
+        free(lse);
+        free_tokens(&t);
+        OK(fkv_plan_destroy(plain));
+        close_world(&w);
+    }
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(against_statement)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(against_statement),
+                                       cmocka_unit_test(same_bits), cmocka_unit_test(coded_view)};
 
     random_init(&rng, random_seed("test_longcache", 5));
     return cmocka_run_group_tests_name("longcache", tests, NULL, NULL);
