@@ -77,8 +77,8 @@ struct bench_variant {
 void bench_model_init(struct bench_model *model, int hq, int hk, int dim, double theta);
 /* Masks with `fraction` of all channels, spread unevenly over the heads. */
 void bench_model_code(struct bench_model *model, double fraction, struct bench_random *r);
-/* Bits of 0, 2 and 4, twice as many channels of 2 as of 4, so that an element takes `rate` bits with its
- * scales; or all channels alike, without carriers. false if that is not possible. */
+/* Bits of 0, 2 and 4, for each channel of 4 bits 15 of 2, which is what calibration finds, so that an element
+ * takes `rate` bits with its scales; or all channels alike, without carriers. false if that is not possible. */
 bool bench_model_calibrate(struct bench_model *model, double rate, struct bench_random *r);
 bool bench_model_uniform(struct bench_model *model, int bits);
 /* Geometry and coding of one layer of a profile file; RoPE's frequencies are ours. */

@@ -83,9 +83,9 @@ bool bench_model_calibrate(struct bench_model *model, double rate, struct bench_
 
     start_calibrated(model);
     double scales = 32.0 / model->codec.group;
-    /* n channels of 4 bits and 2 n of 2 */
-    double n = rate * (double)channels / (2 * (2 + scales) + 4 + scales);
-    size_t fours = (size_t)lround(n), coded = (size_t)lround(3 * n);
+    /* n channels of 4 bits and 15 n of 2 */
+    double n = rate * (double)channels / (15 * (2 + scales) + 4 + scales);
+    size_t fours = (size_t)lround(n), coded = (size_t)lround(16 * n);
     for (int part = 0; part < 2 && coded <= channels; part++) {
         rank(model, r, ranked);
         for (size_t i = 0; i < coded; i++)

@@ -357,13 +357,18 @@ static void half_step(const struct config *c) {
 
     world_open(&w, c);
     int64_t n = c->tokens, more = random_int(&w.rng, 1, 100), end = n + more;
+    int64_t few = random_int(&w.rng, 1, random_chance(&w.rng, 0.5) ? 2 : 50);
     stream_init(&s, c, 1, end + 100);
     id = world_sequence(&w);
     step_one(&w, id, &s, 0, n, STEP_APPEND, NULL);
     int64_t coded = tiles_to_code(c, n), ahead = tiles_to_code(c, end);
-    w.config.layers = 1; /* the others do not get it */
+    if (random_chance(&w.rng, 0.5)) /* one layer of two */
+        w.first_layer = c->layers - 1;
+    else
+        w.config.layers = 1;
     step_one(&w, id, &s, n, more, STEP_FUSED, NULL);
     w.config.layers = c->layers;
+    w.first_layer = 0;
     if (c->layers == 1) {
         OK(fkv_sequence_crop(w.cache, id, floor_of(c, ahead, n)));
     } else {
@@ -382,11 +387,11 @@ static void half_step(const struct config *c) {
     CHECK(length == floor_of(c, ahead, n));
     /* all goes on, though the layers may have coded differently far */
     other = fork_of(&w, id);
-    OK(step_try(&w, &(struct part){other, &s, length, 50}, 1, STEP_ATTEND, &o));
+    OK(step_try(&w, &(struct part){other, &s, length, few}, 1, STEP_ATTEND, &o));
     for (int layer = 0; layer < c->layers; layer++) {
         struct held h;
         held_read(&h, &w, other, layer, 0, length);
-        check_attention(&w, layer, &h, &s, length, 50, length, false, &o, 0);
+        check_attention(&w, layer, &h, &s, length, few, length, false, &o, 0);
         held_free(&h);
     }
     outputs_free(&o);
@@ -404,7 +409,17 @@ static void half_step(const struct config *c) {
 
 static void half_steps(void **state) {
     (void)state;
-    run_some("half_step", half_step, 120);
+    run_some("half_step", half_step, 90);
+    for (int i = 0; i < runs(60);
+         i++) { /* the half step codes, into a new segment, and is taken back */
+        struct config c = forks_draw(&rng, KIND_FOURIER);
+        int64_t segment = c.params.period / 64 * 64;
+        c.layers = 2;
+        c.params.n_local = (int)random_int(&rng, 64, 130);
+        c.tokens = sinks(&c) + c.params.n_local + segment * random_int(&rng, 0, 3) +
+                   random_int(&rng, 20, 61);
+        property_run("half_step", half_step, &c);
+    }
 }
 
 int main(void) {
