@@ -26,6 +26,9 @@ struct fkv_backend_ops {
     /* Attention of the step's queries over what the rows hold; lse may be NULL. */
     void (*attend)(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
                    const struct fkv_view *out, const struct fkv_view *lse);
+    /* The same over what each selects, of plans with plan->longcache. */
+    void (*attend_selected)(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
+                            const struct fkv_view *out, const struct fkv_view *lse);
 };
 
 const struct fkv_backend_ops *fkv_backend_cpu(void);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "backend.h"
 
-#include "attend/plan.h"
+#include "attend/longcache.h"
 
 static void code(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
                  const struct fkv_coding_room *room) {
@@ -17,6 +17,7 @@ const struct fkv_backend_ops *fkv_backend_cpu(void) {
         .store = fkv_store,
         .code = code,
         .attend = fkv_attend_rows,
+        .attend_selected = fkv_longcache_attend,
     };
     return &ops;
 }

@@ -19,7 +19,7 @@ struct options {
     fkv_dtype storage;
     fkv_cpu_level cpu_level;
     uint64_t seed;
-    bool json, check;
+    bool json, check, select;
 };
 
 static const char usage[] =
@@ -33,6 +33,8 @@ static const char usage[] =
     "                         carriers and bits of 0, 2 and 4, RATE bits for an element |\n"
     "                         uniform:BITS | FILE, a profile as JSON\n"
     "                         (default fourier:0.8)\n"
+    "  --select               attend with selection, within 8192 tokens, to keys held\n"
+    "                         unrotated (exact, coded: or uniform:); dense attends to all\n"
     "  --layer N              layer of FILE to take (default 0)\n"
     "  --storage f16|bf16|f32 type of what is held exactly (default f16; not with FILE)\n"
     "  --hq N --hk N --dim N  query heads, KV heads, head dimension (default 32 8 128; not\n"
@@ -165,6 +167,10 @@ static struct options parse(int argc, char **argv) {
             o.json = true;
             continue;
         }
+        if (!strcmp(name, "--select")) {
+            o.select = true;
+            continue;
+        }
         if (!strcmp(name, "--no-check")) {
             o.check = false;
             continue;
@@ -225,6 +231,14 @@ static void init_calibrated(struct bench_model *model, const struct options *o, 
         value_error("--profile", o->profile);
 }
 
+static void set_selection(struct bench_model *model, const struct options *o) {
+    if (o->select && (!model->calibrated || o->op != OP_ATTEND))
+        usage_error("--select is for --op attend with profiles exact, coded: and uniform:");
+    model->select = o->select;
+    if (o->select)
+        model->codec.domain = FKV_DOMAIN_UNROTATED;
+}
+
 static void init_model(struct bench_model *model, const struct options *o, fkv_context *ctx,
                        struct bench_random *r) {
     const double theta = 500000;
@@ -245,11 +259,15 @@ static void init_model(struct bench_model *model, const struct options *o, fkv_c
         model->storage = o->storage ? o->storage : FKV_DTYPE_F16;
         if (forms[i].init)
             forms[i].init(model, o, o->profile + length, r);
+        else if (o->select)
+            bench_model_uniform(model, 16);
+        set_selection(model, o);
         return;
     }
     if (o->shape_given || o->storage)
         usage_error("a profile's file states --hq, --hk, --dim and --storage itself");
     bench_model_load(model, ctx, o->profile, o->layer, theta);
+    set_selection(model, o);
 }
 
 static fkv_context *make_context(const struct options *o, fkv_context_info *info) {
@@ -424,7 +442,7 @@ int main(int argc, char **argv) {
 
     init_model(&models[1], &o, ctx, &r);
     models[0] = models[1];
-    models[0].coded = models[0].calibrated = false;
+    models[0].coded = models[0].calibrated = models[0].select = false;
     models[0].storage = FKV_DTYPE_BF16;
     fprintf(stderr, "measuring the read bandwidth\n");
     double bandwidth = bench_read_bandwidth(info.threads, buffer);

@@ -44,6 +44,7 @@ struct bench_model {
     fkv_dtype storage;
     fkv_fourier_params fourier;
     bool calibrated;
+    bool select; /* attend with selection; keys are held unrotated */
     fkv_codec_params codec;
     uint8_t *mask[2];  /* [hk][dim] of K and V: 1 for Fourier-coded, or bits */
     float *carrier[2]; /* the same shape; NULL unless calibrated */
@@ -94,7 +95,8 @@ void bench_variant_init(struct bench_variant *variant, fkv_context *ctx,
 void bench_variant_fill(struct bench_variant *variant, int set, struct bench_random *r,
                         double *seconds, double *plan_seconds);
 void bench_variant_drop(struct bench_variant *variant, int set);
-/* One decode step of a set, timed likewise; q and out are [batch][hq][dim]. */
+/* One decode step of a set, timed likewise; q and out are [batch][hq][dim]. With selection the step's token is
+ * appended as well. */
 void bench_variant_attend(struct bench_variant *variant, int set, float *q, float *out,
                           double *seconds, double *plan_seconds);
 void bench_variant_free(struct bench_variant *variant);

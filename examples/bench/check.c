@@ -21,7 +21,38 @@ struct row {
     double max_score, max_value;
 };
 
-/* q at position `position`, as the keys were turned at theirs */
+/* What a sequence's query sees: every token's position, or -1. */
+struct view {
+    int64_t tokens, query;
+    int64_t *position;
+};
+
+static struct view view_of(const struct bench_variant *v, int32_t index) {
+    struct view view = {v->tokens, v->tokens, NULL};
+    fkv_selection s = {.struct_size = sizeof(s)};
+    fkv_select_params select;
+    if (!v->model->select) {
+        view.position = bench_alloc((size_t)view.tokens, sizeof(int64_t));
+        for (int64_t t = 0; t < view.tokens; t++)
+            view.position[t] = t;
+        return view;
+    }
+    fkv_select_params_init(&select, sizeof(select));
+    int64_t *spans = bench_alloc(2 * (size_t)select.clip, sizeof(*spans)), at = 0;
+    bench_check(v->ctx, fkv_plan_selection(v->plan, index, &s, spans, 2 * (size_t)select.clip),
+                "selection");
+    view = (struct view){s.tokens, s.view - 1, bench_alloc((size_t)s.tokens, sizeof(int64_t))};
+    for (int64_t t = 0, i = 0; t < s.tokens; t++) {
+        while (i < s.spans && t >= spans[2 * i + 1])
+            i++;
+        bool seen = t < s.middle_first || t >= s.middle_end || (i < s.spans && t >= spans[2 * i]);
+        view.position[t] = seen ? at++ : -1;
+    }
+    free(spans);
+    return view;
+}
+
+/* x, turned on by `position` */
 static void rotate(const struct bench_model *model, const float *q, int64_t position, double *x) {
     int half = model->rope_dim / 2;
     bool split = model->rope_layout == FKV_ROPE_HALF_SPLIT;
@@ -47,14 +78,18 @@ static void read_part(const struct bench_variant *v, fkv_sequence sequence, int6
                 "reading a sequence");
 }
 
-static void add_scores(const struct bench_model *model, struct row *row, const float *k,
-                       int64_t first, int64_t count) {
+static void add_scores(const struct bench_model *model, struct row *row, const struct view *view,
+                       const float *k, int64_t first, int64_t count) {
     int kv_head = row->head / (model->hq / model->hk);
     for (int64_t t = 0; t < count; t++) {
         const float *x = k + ((size_t)t * (size_t)model->hk + (size_t)kv_head) * (size_t)model->dim;
-        double s = 0;
+        double s = 0, turned[FKV_MAX_HEAD_DIM];
+        row->weights[first + t] = -INFINITY;
+        if (view->position[first + t] < 0)
+            continue;
+        rotate(model, x, view->position[first + t] - (first + t), turned);
         for (int d = 0; d < model->dim; d++)
-            s += row->q[d] * (double)x[d];
+            s += row->q[d] * turned[d];
         row->weights[first + t] = s * model->scale;
         row->max_score = fmax(row->max_score, fabs(s * model->scale));
     }
@@ -70,10 +105,12 @@ static void softmax(struct row *row, int64_t tokens) {
         row->weights[t] /= sum;
 }
 
-static void add_values(const struct bench_model *model, struct row *row, const float *value,
-                       int64_t first, int64_t count) {
+static void add_values(const struct bench_model *model, struct row *row, const struct view *view,
+                       const float *value, int64_t first, int64_t count) {
     int kv_head = row->head / (model->hq / model->hk);
     for (int64_t t = 0; t < count; t++) {
+        if (view->position[first + t] < 0)
+            continue;
         const float *x =
             value + ((size_t)t * (size_t)model->hk + (size_t)kv_head) * (size_t)model->dim;
         for (int d = 0; d < model->dim; d++) {
@@ -93,32 +130,34 @@ static void compare(struct bench_variant *v, const struct row *row, const float 
     v->tolerance = fmax(v->tolerance, 16 * 0x1p-23 * (1 + row->max_score) * row->max_value);
 }
 
-static void check_sequence(struct bench_variant *v, fkv_sequence sequence, const float *q,
-                           const float *out) {
+static void check_sequence(struct bench_variant *v, int32_t index, fkv_sequence sequence,
+                           const float *q, const float *out) {
     const struct bench_model *model = v->model;
     size_t dim = (size_t)model->dim, chunk = (size_t)READ_TOKENS * (size_t)model->hk * dim;
     float *x = bench_alloc(chunk, sizeof(float));
     struct row *rows = bench_alloc(CHECKED_HEADS, sizeof(*rows));
+    struct view view = view_of(v, index);
 
     for (int i = 0; i < CHECKED_HEADS; i++) {
         rows[i].head = (model->hq - 1) * i / (CHECKED_HEADS - 1);
-        rows[i].weights = bench_alloc((size_t)v->tokens, sizeof(double));
-        rotate(model, q + (size_t)rows[i].head * dim, v->tokens, rows[i].q);
+        rows[i].weights = bench_alloc((size_t)view.tokens, sizeof(double));
+        rotate(model, q + (size_t)rows[i].head * dim, view.query, rows[i].q);
     }
     for (int part = FKV_PART_K; part <= FKV_PART_V; part++) {
-        for (int64_t first = 0; first < v->tokens; first += READ_TOKENS) {
-            int64_t n = v->tokens - first < READ_TOKENS ? v->tokens - first : READ_TOKENS;
+        for (int64_t first = 0; first < view.tokens; first += READ_TOKENS) {
+            int64_t n = view.tokens - first < READ_TOKENS ? view.tokens - first : READ_TOKENS;
             read_part(v, sequence, first, n, part, x);
             for (int i = 0; i < CHECKED_HEADS; i++)
-                (part == FKV_PART_K ? add_scores : add_values)(model, &rows[i], x, first, n);
+                (part == FKV_PART_K ? add_scores : add_values)(model, &rows[i], &view, x, first, n);
         }
         for (int i = 0; i < CHECKED_HEADS && part == FKV_PART_K; i++)
-            softmax(&rows[i], v->tokens);
+            softmax(&rows[i], view.tokens);
     }
     for (int i = 0; i < CHECKED_HEADS; i++) {
         compare(v, &rows[i], out + (size_t)rows[i].head * dim);
         free(rows[i].weights);
     }
+    free(view.position);
     free(rows);
     free(x);
 }
@@ -131,9 +170,10 @@ void bench_variant_check(struct bench_variant *v, int set, struct bench_random *
 
     bench_random_fill(r, q, count);
     bench_variant_attend(v, set, q, out, &ignored, &ignored);
-    check_sequence(v, sequences[0], q, out);
+    check_sequence(v, 0, sequences[0], q, out);
     if (v->batch > 1)
-        check_sequence(v, sequences[v->batch - 1], q + count - row, out + count - row);
+        check_sequence(v, v->batch - 1, sequences[v->batch - 1], q + count - row,
+                       out + count - row);
     free(q);
     free(out);
 }

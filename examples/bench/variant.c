@@ -239,6 +239,11 @@ void bench_variant_init(struct bench_variant *v, fkv_context *ctx, const struct 
     v->profile = make_profile(ctx, model);
     bench_check(ctx, fkv_cache_create(ctx, v->profile, NULL, &v->cache), "cache");
     bench_check(ctx, fkv_plan_create(v->cache, &v->plan), "plan");
+    if (model->select) {
+        fkv_select_params select;
+        fkv_select_params_init(&select, sizeof(select));
+        bench_check(ctx, fkv_plan_select(v->plan, &select), "selection");
+    }
     v->sets = sets ? sets : count_sets(v);
     v->sequences = bench_alloc((size_t)v->sets * (size_t)batch, sizeof(*v->sequences));
     v->seconds = bench_alloc((size_t)repeats, sizeof(double));
@@ -327,13 +332,19 @@ void bench_variant_drop(struct bench_variant *v, int set) {
 void bench_variant_attend(struct bench_variant *v, int set, float *q, float *out, double *seconds,
                           double *plan_seconds) {
     int64_t shape[3] = {v->batch, v->model->hq, v->model->dim};
-    fkv_tensor tq, to;
+    int64_t kv_shape[3] = {v->batch, v->model->hk, v->model->dim};
+    fkv_tensor tq, tkv, to;
 
+    /* the new token's key and value are queries, to have something */
     fkv_tensor_init(&tq, q, FKV_DTYPE_F32, 3, shape);
+    fkv_tensor_init(&tkv, q, FKV_DTYPE_F32, 3, kv_shape);
     fkv_tensor_init(&to, out, FKV_DTYPE_F32, 3, shape);
     update_plan(v, set, 1, plan_seconds);
     double start = bench_now();
-    bench_check(v->ctx, fkv_attend(v->plan, 0, &tq, &to, NULL), "attend");
+    bench_check(v->ctx,
+                v->model->select ? fkv_append_attend(v->plan, 0, &tq, &tkv, &tkv, &to, NULL)
+                                 : fkv_attend(v->plan, 0, &tq, &to, NULL),
+                "attend");
     *seconds += bench_now() - start;
 }
 

@@ -259,3 +259,20 @@ int needle_engine_begin(struct needle_engine *engine, int64_t period, struct nee
     return status ? needle_fail_fkv(error, NEEDLE_FAILED, engine->ctx, status, "sequence")
                   : NEEDLE_OK;
 }
+
+int needle_engine_branch(struct needle_engine *engine, fkv_sequence *whole,
+                         struct needle_error *error) {
+    fkv_sequence fork;
+    fkv_status status = fkv_sequence_fork(engine->cache, engine->sequence, &fork);
+    if (status) {
+        return needle_fail_fkv(error, NEEDLE_FAILED, engine->ctx, status, "fork");
+    }
+    *whole = engine->sequence;
+    engine->sequence = fork;
+    return NEEDLE_OK;
+}
+
+void needle_engine_return(struct needle_engine *engine, fkv_sequence whole) {
+    fkv_sequence_free(engine->cache, engine->sequence);
+    engine->sequence = whole;
+}

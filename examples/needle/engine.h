@@ -39,6 +39,11 @@ void needle_engine_close(struct needle_engine *engine);
 /* Frees the sequence, if there is one, and begins an empty one; `period` as in fkv_sequence_params. */
 int needle_engine_begin(struct needle_engine *engine, int64_t period, struct needle_error *error);
 
+/* Goes on with a fork of the sequence, which is left in *whole; needle_engine_return() frees the fork. */
+int needle_engine_branch(struct needle_engine *engine, fkv_sequence *whole,
+                         struct needle_error *error);
+void needle_engine_return(struct needle_engine *engine, fkv_sequence whole);
+
 /*
  * Appends n tokens to the sequence in one step. `logits` gets [n_logits, vocab] of the last n_logits
  * tokens. After an error the sequence can only be freed.

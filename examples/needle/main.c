@@ -90,7 +90,14 @@ static int load_model_profile(struct program *p) {
 static int create_exact_profile(struct program *p) {
     fkv_model_params params;
     needle_model_params(&p->model, &params);
-    fkv_status status = fkv_profile_create_exact(p->ctx, &params, p->options.storage, &p->profile);
+    fkv_codec_params codec;
+    fkv_codec_params_init(&codec, sizeof codec);
+    codec.storage_dtype = p->options.storage;
+    codec.domain = FKV_DOMAIN_UNROTATED;
+    fkv_status status =
+        p->options.longcache
+            ? fkv_profile_create_uniform(p->ctx, &params, &codec, FKV_CHANNEL_EXACT, &p->profile)
+            : fkv_profile_create_exact(p->ctx, &params, p->options.storage, &p->profile);
     return status ? needle_fail_fkv(&p->error, NEEDLE_FAILED, p->ctx, status, "exact profile")
                   : NEEDLE_OK;
 }
@@ -118,10 +125,28 @@ static int make_profile(struct program *p) {
                                                        : load_profile(p, p->options.profile);
 }
 
+/* Half of the scope for the newest tokens, the rest for spans and the first tokens. */
+static int select_tokens(struct program *p, struct needle_engine *engine, size_t *chunk) {
+    const int32_t window = p->model.config.trained_window;
+    const int32_t scope = p->options.scope ? p->options.scope : window > 0 ? window : 8192;
+    fkv_select_params select;
+    fkv_select_params_init(&select, sizeof select);
+    select.n_local = scope / 2;
+    select.clip = (scope - select.n_local - select.n_global) / select.span;
+    select.chunk = select.chunk < select.n_local ? select.chunk : select.n_local;
+    *chunk = *chunk ? *chunk : (size_t)select.chunk;
+    fkv_status status = fkv_plan_select(engine->plan, &select);
+    return status ? needle_fail_fkv(&p->error, NEEDLE_BAD_INPUT, p->ctx, status, "--longcache")
+                  : NEEDLE_OK;
+}
+
 static int make_item(struct program *p, size_t index, struct needle_item *item) {
     const struct needle_options *o = &p->options;
     const struct needle_source source = {needle_text_half(&p->text, 1), &p->words};
-    struct needle_random random = needle_random_stream(o->seed, index);
+    struct needle_random random = needle_random_stream(o->seed, o->together ? 0 : index);
+    if (o->together) {
+        return needle_item_together(source, o->context, o->items, index, &random, item, &p->error);
+    }
     switch (o->task) {
     case NEEDLE_TASK_COPY:
         return needle_item_copy(source, o->context, &random, item, &p->error);
@@ -163,12 +188,16 @@ static int ask_all(struct program *p) {
     struct needle_run run = {.engine = &engine,
                              .task = p->options.task,
                              .chunk = p->options.chunk,
+                             .together = p->options.together,
                              .n_sink = p->info.n_sink,
                              .n_local = p->info.n_local,
                              .logits = p->logits,
                              .logits_path = p->options.logits};
     struct needle_report report = {.options = &p->options};
-    code = ask(p, &run, &report);
+    if (p->options.longcache) {
+        code = select_tokens(p, &engine, &run.chunk);
+    }
+    code = code ? code : ask(p, &run, &report);
     if (!code || (code == NEEDLE_INTERRUPTED && report.items)) {
         struct needle_error ignored;
         int failed = needle_report_summary(&report, code ? &ignored : &p->error);
@@ -181,7 +210,7 @@ static int ask_all(struct program *p) {
 static void warn(const struct program *p) {
     const struct needle_options *o = &p->options;
     const int32_t window = p->model.config.trained_window;
-    if (window > 0 && o->context > (size_t)window) {
+    if (window > 0 && o->context > (size_t)window && !o->longcache) {
         fprintf(stderr,
                 "fkv-needle: note: the model was trained for %d tokens; beyond that plain "
                 "attention finds nothing\n",

@@ -20,6 +20,8 @@ const char needle_usage[] =
     "  --depth F           where the number is, 0 to 1 (default: spread over the items)\n"
     "  --distractors K     other keys with other numbers (default 0; multikey 60)\n"
     "  --items N           questions (default 4)\n"
+    "  --together          hide the numbers of all items in one text, evenly spread, and read it\n"
+    "                      once; each question is put to a fork of the sequence (niah only)\n"
     "  --text FILE         plain text to hide it in (default: the project's documentation);\n"
     "                      questions use its second half, calibration its first; a text that is\n"
     "                      too short is repeated\n"
@@ -33,6 +35,11 @@ const char needle_usage[] =
     "  --storage T         f32, f16 (default) or bf16: the type of the exact profile\n"
     "  --chunk N           tokens per step of the prefill (default: all in one, which makes\n"
     "                      attention within the context exact)\n"
+    "\n"
+    "  --longcache         attend with selection (docs/longcache.md): the model's window over a\n"
+    "                      context of any length; profile exact, or a file with unrotated keys;\n"
+    "                      prefill in steps of 512 tokens\n"
+    "  --scope N           tokens attended to (default: the window), half of them local\n"
     "\n"
     "Calibration (instead of questions):\n"
     "  --calibrate OUT     write a Fourier profile of the model, from prompts of --context tokens\n"
@@ -65,6 +72,9 @@ enum option_code {
     OPT_SEED,
     OPT_THREADS,
     OPT_CHUNK,
+    OPT_LONGCACHE,
+    OPT_SCOPE,
+    OPT_TOGETHER,
     OPT_TASK,
     OPT_CALIBRATE,
     OPT_CALIBRATE_PROMPTS,
@@ -90,6 +100,9 @@ static const struct option long_options[] = {
     {"seed", required_argument, NULL, OPT_SEED},
     {"threads", required_argument, NULL, OPT_THREADS},
     {"chunk", required_argument, NULL, OPT_CHUNK},
+    {"longcache", no_argument, NULL, OPT_LONGCACHE},
+    {"scope", required_argument, NULL, OPT_SCOPE},
+    {"together", no_argument, NULL, OPT_TOGETHER},
     {"task", required_argument, NULL, OPT_TASK},
     {"calibrate", required_argument, NULL, OPT_CALIBRATE},
     {"calibrate-prompts", required_argument, NULL, OPT_CALIBRATE_PROMPTS},
@@ -248,6 +261,14 @@ static int parse_option(int option, const struct argument *a, struct needle_opti
         return parse_int32(a, 1, 1024, &o->threads);
     case OPT_CHUNK:
         return parse_size(a, 1, (size_t)1 << 26, &o->chunk);
+    case OPT_LONGCACHE:
+        o->longcache = true;
+        return NEEDLE_OK;
+    case OPT_TOGETHER:
+        o->together = true;
+        return NEEDLE_OK;
+    case OPT_SCOPE:
+        return parse_int32(a, 256, FKV_MAX_SCOPE, &o->scope);
     case OPT_TASK:
         return parse_task(a, o);
     case OPT_CALIBRATE:
@@ -275,8 +296,9 @@ static int check_given(const bool *given, const struct needle_options *o,
                        struct needle_error *error) {
     static const int calibration[] = {OPT_CALIBRATE_PROMPTS, OPT_CRITERION, OPT_RESTORATION,
                                       OPT_BINS, OPT_LOCAL};
-    static const int questions[] = {OPT_DEPTH,   OPT_DISTRACTORS, OPT_ITEMS, OPT_PROFILE,
-                                    OPT_STORAGE, OPT_CHUNK,       OPT_TASK,  OPT_LOGITS};
+    static const int questions[] = {OPT_DEPTH,     OPT_DISTRACTORS, OPT_ITEMS,   OPT_PROFILE,
+                                    OPT_STORAGE,   OPT_CHUNK,       OPT_TASK,    OPT_LOGITS,
+                                    OPT_LONGCACHE, OPT_SCOPE,       OPT_TOGETHER};
     const int *useless = o->calibrate ? questions : calibration;
     const size_t n = o->calibrate ? sizeof questions / sizeof *questions
                                   : sizeof calibration / sizeof *calibration;
@@ -291,6 +313,18 @@ static int check_given(const bool *given, const struct needle_options *o,
         (given[OPT_DEPTH - OPT_MODEL] || given[OPT_DISTRACTORS - OPT_MODEL])) {
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--depth and --distractors have no effect on task %s", o->task_name);
+    }
+    if (o->together && (o->task != NEEDLE_TASK_NIAH || given[OPT_DEPTH - OPT_MODEL] ||
+                        given[OPT_DISTRACTORS - OPT_MODEL] || strcmp(o->task_name, "niah") != 0)) {
+        return needle_fail(error, NEEDLE_BAD_INPUT,
+                           "--together is for task niah, without --depth and --distractors");
+    }
+    if (o->scope && !o->longcache) {
+        return needle_fail(error, NEEDLE_BAD_INPUT, "--scope has no effect without --longcache");
+    }
+    if (o->longcache && !strcmp(o->profile, "fourier")) {
+        return needle_fail(error, NEEDLE_BAD_INPUT,
+                           "--longcache needs unrotated keys, which --profile fourier has not");
     }
     if (given[OPT_STORAGE - OPT_MODEL] && strcmp(o->profile, "exact") != 0) {
         return needle_fail(error, NEEDLE_BAD_INPUT,

@@ -17,9 +17,12 @@ struct needle_options {
     double depth; /* negative: spread over the items */
     size_t distractors;
     size_t items;
+    bool together; /* all items ask about one text */
     uint64_t seed;
     int32_t threads; /* 0: all processors */
-    size_t chunk;    /* 0: the whole context at once */
+    size_t chunk;    /* 0: the whole context at once, with selection select.chunk */
+    bool longcache;
+    int32_t scope; /* 0: the model's trained window */
     bool json;
     bool help;
     bool version;

@@ -125,20 +125,31 @@ static int measure(const struct needle_run *run, struct needle_result *result,
     return NEEDLE_OK;
 }
 
-int needle_run_item(const struct needle_run *run, const struct needle_item *item,
+int needle_run_item(struct needle_run *run, const struct needle_item *item,
                     struct needle_result *result, struct needle_error *error) {
     const size_t vocab = (size_t)run->engine->model->config.vocab_size;
     *result = (struct needle_result){.expected = item->length - item->prompt};
     result->answer = malloc(result->expected);
     float *logits = needle_alloc(result->expected, vocab * sizeof *logits);
+    fkv_sequence whole = -1;
     int code = result->answer && logits
-                   ? prefill(run, item, result, error)
+                   ? NEEDLE_OK
                    : needle_fail(error, NEEDLE_FAILED, "out of memory for the answer");
+    if (!code && !run->read) {
+        code = prefill(run, item, result, error);
+        run->read = run->together && !code;
+    }
+    if (!code && run->together) {
+        code = needle_engine_branch(run->engine, &whole, error);
+    }
     if (!code) {
         code = run->task == NEEDLE_TASK_NIAH ? generate(run, item, logits, result, error)
                                              : force(run, item, logits, result, error);
     }
     code = code ? code : measure(run, result, error);
+    if (whole >= 0) {
+        needle_engine_return(run->engine, whole);
+    }
     if (!code) {
         judge(run->task, item->tokens + item->prompt, result);
     } else {

@@ -27,6 +27,8 @@ struct needle_result {
 struct needle_run {
     struct needle_engine *engine;
     enum needle_task task;
+    bool together;   /* items differ in their questions only: the first one's context serves all */
+    bool read;       /* and is in the engine's sequence */
     size_t chunk;    /* of the prefill; 0: the whole context */
     int64_t n_sink;  /* of the profile */
     int64_t n_local; /* of the profile */
@@ -40,7 +42,7 @@ struct needle_run {
  * generated greedily. copy and text: the right answer is given token by token and every prediction
  * compared. result->answer is freed with needle_result_free().
  */
-int needle_run_item(const struct needle_run *run, const struct needle_item *item,
+int needle_run_item(struct needle_run *run, const struct needle_item *item,
                     struct needle_result *result, struct needle_error *error);
 void needle_result_free(struct needle_result *result);
 

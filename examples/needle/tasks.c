@@ -112,18 +112,23 @@ static void draw_sentences(struct needle_source source, double depth, struct nee
     qsort(sentences, n, sizeof *sentences, compare_depths);
 }
 
-static int build_niah(struct needle_source source, size_t context, double depth,
-                      const struct sentence *sentences, size_t n, const char *key,
-                      const char *value, struct needle_random *random, struct needle_item *item,
-                      struct needle_error *error) {
-    char question[256], answer[16];
+static void ask_for(const char *key, char *question, size_t bytes) {
     snprintf(
-        question, sizeof question,
+        question, bytes,
         "\nWhat is the special magic number for %s mentioned in the provided text? The special "
         "magic number for %s mentioned in the provided text is",
         key, key);
+}
+
+/* `spare` tokens of the context stay unused. */
+static int build_niah(struct needle_source source, size_t context, double depth,
+                      const struct sentence *sentences, size_t n, const char *key,
+                      const char *value, size_t spare, struct needle_random *random,
+                      struct needle_item *item, struct needle_error *error) {
+    char question[256], answer[16];
+    ask_for(key, question, sizeof question);
     snprintf(answer, sizeof answer, " %s.", value);
-    size_t fixed = strlen(HEAD) + strlen(question);
+    size_t fixed = strlen(HEAD) + strlen(question) + spare;
     for (size_t i = 0; i < n; i++) {
         fixed += strlen(sentences[i].text) + 2;
     }
@@ -161,8 +166,56 @@ int needle_item_niah(struct needle_source source, size_t context, double depth, 
         return needle_fail(error, NEEDLE_FAILED, "out of memory for %zu needles", n);
     }
     draw_sentences(source, depth, random, sentences, n, key, value);
-    int code = build_niah(source, context, depth, sentences, n, key, value, random, item, error);
+    int code = build_niah(source, context, depth, sentences, n, key, value, 0, random, item, error);
     free(sentences);
+    if (code) {
+        needle_item_free(item);
+    }
+    return code;
+}
+
+/* A sentence and what it is about. */
+struct fact {
+    char key[32], value[8];
+};
+
+static bool known(const struct fact *facts, size_t n, const char *key) {
+    for (size_t i = 0; i < n; i++) {
+        if (!strcmp(facts[i].key, key)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+int needle_item_together(struct needle_source source, size_t context, size_t count, size_t index,
+                         struct needle_random *random, struct needle_item *item,
+                         struct needle_error *error) {
+    struct sentence *sentences = needle_alloc(count, sizeof *sentences);
+    struct fact *facts = needle_alloc(count, sizeof *facts);
+    size_t longest = 0;
+    char question[256];
+    *item = (struct needle_item){0};
+    int code = sentences && facts
+                   ? NEEDLE_OK
+                   : needle_fail(error, NEEDLE_FAILED, "out of memory for %zu needles", count);
+    for (size_t i = 0; i < count && !code; i++) {
+        do {
+            draw_needle_key(source.words, random, facts[i].key, sizeof facts[i].key);
+        } while (known(facts, i, facts[i].key));
+        make_sentence(&sentences[i], ((double)i + 0.5) / (double)count, facts[i].key,
+                      facts[i].value, random);
+        ask_for(facts[i].key, question, sizeof question);
+        longest = strlen(question) > longest ? strlen(question) : longest;
+    }
+    if (!code) {
+        ask_for(facts[index].key, question, sizeof question);
+        code =
+            build_niah(source, context, sentences[index].depth, sentences, count, facts[index].key,
+                       facts[index].value, longest - strlen(question), random, item, error);
+    }
+    free(sentences);
+    free(facts);
     if (code) {
         needle_item_free(item);
     }

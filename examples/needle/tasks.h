@@ -35,6 +35,13 @@ struct needle_source {
 int needle_item_niah(struct needle_source source, size_t context, double depth, size_t distractors,
                      struct needle_random *random, struct needle_item *item,
                      struct needle_error *error);
+/*
+ * One of `count` items that share their text and hide a number each in it, evenly spread: up to the question they
+ * are the same if `random` is in the same state.
+ */
+int needle_item_together(struct needle_source source, size_t context, size_t count, size_t index,
+                         struct needle_random *random, struct needle_item *item,
+                         struct needle_error *error);
 int needle_item_copy(struct needle_source source, size_t context, struct needle_random *random,
                      struct needle_item *item, struct needle_error *error);
 int needle_item_text(struct needle_source source, size_t context, size_t index,

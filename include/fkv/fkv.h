@@ -67,6 +67,10 @@ extern "C" {
 #define FKV_MAX_HEAD_DIM 256
 /** Largest number of sink tokens. */
 #define FKV_MAX_SINK 64
+/** Largest top_k of a selection. */
+#define FKV_MAX_TOP_K 256
+/** Largest scope of a selection, in tokens. */
+#define FKV_MAX_SCOPE 16777216
 /** Number of dimensions a fkv_tensor can describe. */
 #define FKV_MAX_NDIM 4
 
@@ -940,6 +944,76 @@ FKV_API fkv_status fkv_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q
 FKV_API fkv_status fkv_append_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q,
                                      const fkv_tensor *k, const fkv_tensor *v,
                                      const fkv_tensor *out, const fkv_tensor *lse);
+/**
+ * Selection: attention to a sequence of any length within a finite scope (LongCache, arXiv 2407.15176, here
+ * docs/longcache.md). Nothing is evicted. Queries that come together, at most `chunk`, see a view of
+ *     [n_global first tokens | spans of the middle | n_local newest tokens, their own included]
+ * at positions 0, 1, .. in this order, each query up to itself; the batch's positions have no influence. Views have
+ * at most n_global + clip * span + n_local tokens: the scope, which should be the length that the model was trained
+ * for. A sequence that fits is seen whole. Else each query head of each of the queries gives a vote to the top_k
+ * keys of the middle with which its raw product q . k (no RoPE, no scale) is largest, of equal ones to the lower
+ * token; the clip tokens of most votes, of equal ones the lower, become the centres of spans [c - span / 2,
+ * c + (span + 1) / 2), cut off at the ends of the middle; what overlaps is one. Products that are NaN or -infinity
+ * get no votes. One selection serves all heads of the layer. Since 0.1.
+ */
+typedef struct fkv_select_params {
+    /** sizeof(fkv_select_params) as the caller compiled it. */
+    uint32_t struct_size;
+    /** First tokens that are always seen. Default 32. */
+    int32_t n_global;
+    /** Newest tokens that are always seen; at least 1. Default 4096. */
+    int32_t n_local;
+    /** Tokens of a span; at least 1. Default 32. */
+    int32_t span;
+    /** Votes of a query head. 0..FKV_MAX_TOP_K; 0: no spans. Default 4. */
+    int32_t top_k;
+    /** Most spans of a view. 0: no spans. Default 127. */
+    int32_t clip;
+    /**
+     * Most queries that select together, 1..n_local. New tokens of a step are cut where their index is a multiple
+     * of it: any split of the appends at such places gives the same selections. Default 512.
+     */
+    int32_t chunk;
+    /** Zero. */
+    int32_t reserved;
+} fkv_select_params;
+
+/** What the last queries of a sequence saw. Written by fkv_plan_selection(). Since 0.1. */
+typedef struct fkv_selection {
+    /** sizeof(fkv_selection) as the caller compiled it; no more than this is written. */
+    uint32_t struct_size;
+    /** Layer of the last attention with this plan. */
+    int32_t layer;
+    /** Tokens of the sequence, up to the last query. */
+    int64_t tokens;
+    /** Tokens of the view. */
+    int64_t view;
+    /** First token of the middle that was searched. */
+    int64_t middle_first;
+    /** End of that middle; equal to middle_first if everything was seen. */
+    int64_t middle_end;
+    /** Spans of the middle. */
+    int64_t spans;
+} fkv_selection;
+
+/** Fills *params with the defaults above. Errors: INVALID. */
+FKV_API fkv_status fkv_select_params_init(fkv_select_params *params, size_t struct_size);
+/**
+ * Makes a plan attend with selection from its next fkv_plan_update() on, or, with params NULL, without. Then
+ * fkv_append_attend() and fkv_attend() work as described there, the latter after fkv_append() only (else STATE).
+ * The plan's cache must have a calibrated profile with FKV_DOMAIN_UNROTATED (else UNSUPPORTED).
+ * Errors: HANDLE, INVALID, UNSUPPORTED, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_plan_select(fkv_plan *plan, const fkv_select_params *params);
+/**
+ * Tells what the queries of a sequence (`index` in the batch) saw in the last attention with this plan: those of
+ * the last chunk, if there were several. Set selection->struct_size before. spans, which may be NULL with count 0,
+ * gets the first token and the end of each span, in ascending order; `count` is the number of int64_t at spans.
+ * Errors: HANDLE, INVALID, STATE (no attention with selection since the last update), BUSY, BUFFER (*selection is
+ * written: 2 * selection->spans are needed). Since 0.1.
+ */
+FKV_API fkv_status fkv_plan_selection(fkv_plan *plan, int32_t index, fkv_selection *selection,
+                                      int64_t *spans, size_t count);
 /** Ends the handle. Errors: HANDLE, BUSY. Since 0.1. */
 FKV_API fkv_status fkv_plan_destroy(fkv_plan *plan);
 /**

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "attend/plan.h"
+#include "attend/longcache.h"
 
 fkv_status fkv_batch_init(fkv_batch *batch, size_t struct_size) {
     const fkv_batch defaults = {.struct_size = sizeof defaults};
@@ -185,8 +185,111 @@ fkv_status fkv_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q, const 
         status = fkv_plan_check(p, layer, false, &appended);
     if (status == FKV_OK)
         status = view_q(p, q, out, lse, &views);
+    if (status == FKV_OK && p->longcache && p->tokens && !appended)
+        status = fkv_fail(p->ctx, FKV_ERR_STATE,
+                          "attention with selection needs the step's tokens: append them first");
     if (status == FKV_OK)
-        p->ctx->ops->attend(p, layer, &views.q, &views.out, lse ? &views.lse : NULL);
+        (p->longcache ? p->ctx->ops->attend_selected : p->ctx->ops->attend)(
+            p, layer, &views.q, &views.out, lse ? &views.lse : NULL);
+    return leave(plan, p, false, status);
+}
+
+/* ---- selection */
+
+static const fkv_select_params select_defaults = {.struct_size = sizeof select_defaults,
+                                                  .n_global = 32,
+                                                  .n_local = 4096,
+                                                  .span = 32,
+                                                  .top_k = 4,
+                                                  .clip = 127,
+                                                  .chunk = 512};
+
+fkv_status fkv_select_params_init(fkv_select_params *params, size_t struct_size) {
+    return fkv_params_init(params, struct_size, sizeof select_defaults, &select_defaults,
+                           sizeof select_defaults);
+}
+
+static fkv_status read_select(struct fkv_ctx *ctx, const fkv_select_params *params,
+                              fkv_select_params *own) {
+    fkv_status status = fkv_params_read(ctx, "params", params, sizeof *own, own, sizeof *own);
+    if (status != FKV_OK)
+        return status;
+    const struct fkv_range ranges[] = {
+        {"n_global", own->n_global, 0, FKV_MAX_SCOPE}, {"n_local", own->n_local, 1, FKV_MAX_SCOPE},
+        {"span", own->span, 1, FKV_MAX_SCOPE},         {"top_k", own->top_k, 0, FKV_MAX_TOP_K},
+        {"clip", own->clip, 0, FKV_MAX_SCOPE},         {"chunk", own->chunk, 1, own->n_local}};
+    status =
+        fkv_check_ranges(ctx, FKV_ERR_INVALID, "params", ranges, sizeof ranges / sizeof *ranges);
+    if (status != FKV_OK)
+        return status;
+    if (own->reserved)
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "params.reserved is not zero");
+    if (fkv_select_scope(own) > FKV_MAX_SCOPE)
+        return fkv_fail(ctx, FKV_ERR_INVALID, "params: a scope of %lld tokens, more than %d",
+                        (long long)fkv_select_scope(own), FKV_MAX_SCOPE);
+    return FKV_OK;
+}
+
+fkv_status fkv_plan_select(fkv_plan *plan, const fkv_select_params *params) {
+    struct fkv_plan_object *p;
+    fkv_select_params own = select_defaults;
+    fkv_status status = enter(plan, false, &p);
+    if (status != FKV_OK)
+        return status;
+    const struct fkv_profile_object *profile = p->cache->profile;
+    if (params)
+        status = read_select(p->ctx, params, &own);
+    if (status == FKV_OK && params &&
+        (profile->coding != FKV_CODING_CALIBRATED ||
+         profile->codec.domain != FKV_DOMAIN_UNROTATED || !p->ctx->ops->attend_selected))
+        status = fkv_fail(p->ctx, FKV_ERR_UNSUPPORTED,
+                          "selection needs a calibrated profile whose keys are held unrotated");
+    if (status == FKV_OK) {
+        p->selecting = params;
+        p->select = own;
+    }
+    return leave(plan, p, false, status);
+}
+
+static void write_spans(const struct fkv_longcache *lc, int32_t index, int64_t *spans) {
+    const struct fkv_run *from = lc->spans + (int64_t)index * lc->clip;
+    for (int64_t i = 0; i < lc->chosen[index].spans; i++) {
+        spans[2 * i] = from[i].first;
+        spans[2 * i + 1] = from[i].end;
+    }
+}
+
+fkv_status fkv_plan_selection(fkv_plan *plan, int32_t index, fkv_selection *selection,
+                              int64_t *spans, size_t count) {
+    struct fkv_plan_object *p;
+    fkv_status status = enter(plan, false, &p);
+    if (status != FKV_OK)
+        return status;
+    const struct fkv_longcache *lc = p->longcache;
+    if (index < 0 || index >= p->n_rows)
+        status =
+            fkv_fail(p->ctx, FKV_ERR_INVALID, "index is %d of %lld", index, (long long)p->n_rows);
+    else if (!spans && count)
+        status = fkv_fail(p->ctx, FKV_ERR_INVALID, "spans is NULL, count is %zu", count);
+    else if (!lc || lc->layer < 0 || !p->rows[index].n_new)
+        status = fkv_fail(p->ctx, FKV_ERR_STATE,
+                          "no attention with selection since the plan was updated");
+    if (status == FKV_OK) {
+        const struct fkv_chosen *c = &lc->chosen[index];
+        fkv_selection own = {.struct_size = sizeof own,
+                             .layer = lc->layer,
+                             .tokens = c->tokens,
+                             .view = c->width,
+                             .middle_first = c->middle.first,
+                             .middle_end = c->middle.end,
+                             .spans = c->spans};
+        status = fkv_params_write(p->ctx, "selection", selection, sizeof own, &own, sizeof own);
+        if (status == FKV_OK && spans && count < 2 * (size_t)c->spans)
+            status = fkv_fail(p->ctx, FKV_ERR_BUFFER, "spans: %zu numbers, %lld are needed", count,
+                              (long long)(2 * c->spans));
+    }
+    if (status == FKV_OK && spans)
+        write_spans(lc, index, spans);
     return leave(plan, p, false, status);
 }
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "attend/attend.h"
+#include "attend/longcache.h"
 #include "codec/rope.h"
 
 #include <math.h>
@@ -37,6 +38,8 @@ static void free_contents(struct fkv_plan_object *plan) {
     fkv_heap_free(heap, plan->work.states, plan->work.bytes[0]);
     fkv_heap_free(heap, plan->work.partials, plan->work.bytes[1]);
     fkv_heap_free(heap, plan->work.scratches, plan->work.bytes[2]);
+    if (plan->longcache)
+        fkv_heap_free(heap, plan->longcache, plan->longcache->bytes);
 }
 
 void fkv_plan_free(struct fkv_plan_object *plan) {
@@ -216,6 +219,8 @@ static void size_workspace(struct fkv_plan_object *plan) {
     w->state = fkv_state_floats(p, w->grid);
     /* Many units keep all threads busy by themselves; one thread gains nothing from chunks. */
     w->by_chunk = threads > 1 && plan->units < 4 * threads;
+    if (plan->selecting) /* it has a workspace of its own */
+        return;
     w->n_states = plan->units ? (w->by_chunk ? plan->units : threads) : 0;
     w->n_partials = plan->units ? (w->by_chunk ? items : threads) : 0;
 }
@@ -256,6 +261,8 @@ static void leave_shared(struct fkv_workspace *a, const struct fkv_workspace *b)
 
 fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     struct fkv_plan_object next = {.ctx = plan->ctx, .cache = plan->cache};
+    next.selecting = plan->selecting;
+    next.select = plan->select;
     fkv_status status = set_rows(&next, batch);
     if (status == FKV_OK)
         status = set_rope(&next, batch);
@@ -263,6 +270,8 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
         size_workspace(&next);
         status = take_workspace(&next, plan);
     }
+    if (status == FKV_OK)
+        status = fkv_longcache_set(&next, plan);
     if (status == FKV_OK)
         status = fkv_plan_set_turns(plan, &next);
     if (status != FKV_OK) {
@@ -281,6 +290,7 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     plan->sin = next.sin;
     plan->positions = next.positions;
     plan->work = next.work;
+    plan->longcache = next.longcache;
     return FKV_OK;
 }
 
@@ -374,7 +384,7 @@ fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct
     if (!stored)
         return fkv_store_report(plan, k, v);
     if (q)
-        ops->attend(plan, layer, q, out, lse);
+        (plan->longcache ? ops->attend_selected : ops->attend)(plan, layer, q, out, lse);
     for (int64_t i = 0; i < plan->n_rows; i++) {
         struct fkv_row *row = &plan->rows[i];
         struct fkv_coding_room *room = &plan->rooms[i];

@@ -68,6 +68,10 @@ struct fkv_plan_object {
     int32_t *positions; /* [tokens]; of calibrated profiles only */
     struct fkv_workspace work;
     struct fkv_turns turns;
+    /* Selection: what the next update takes up, and longcache.h's part of the step; NULL without selection. */
+    bool selecting;
+    fkv_select_params select;
+    struct fkv_longcache *longcache;
 };
 
 fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object **out);

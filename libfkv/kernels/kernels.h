@@ -147,6 +147,23 @@ struct fkv_taps {
     void name(float *y, ptrdiff_t y_stride, const float *weights, ptrdiff_t w_stride, int half,    \
               const float *c, const float *s, const float *project, int pairs, int fast, int rows)
 
+/* Keys of a tile turned by RoPE: for pair j of `pairs`, a = first[j] and b = second[j],
+ * y[a][t] = k[a][t] cos[j][t] - k[b][t] sin[j][t] and y[b][t] = k[b][t] cos[j][t] + k[a][t] sin[j][t]; channels
+ * from 2 * pairs on are copied. y is [dims][64] and may be k; slots from..end-1 are written, and perhaps others of
+ * the same sixteen. next as in SCORES. */
+#define FKV_DECL_TURN(name)                                                                        \
+    void name(float *y, const void *k, int dims, int pairs, const uint8_t *first,                  \
+              const uint8_t *second, const float *cos, const float *sin, int from, int end,        \
+              const void *next)
+/* x[list[c]][t] = carrier[list[c]] + zero[c] + scale[c] * code[c][t], t = 0..63, for the packed channels of a key
+ * tile; x is [..][64], scale and zero are f16. */
+#define FKV_DECL_UNPACK(name)                                                                      \
+    void name(float *x, const void *k, const uint16_t counts[FKV_N_PACKED], const uint8_t *list,   \
+              const uint16_t *scale, const uint16_t *zero, const float *carrier)
+/* Bit t of bits[r] is s[r][t] > limit[r], t = 0..63; NaN is not over anything. */
+#define FKV_DECL_OVER(name)                                                                        \
+    void name(uint64_t *bits, const float *s, ptrdiff_t s_stride, const float *limit, int rows)
+
 typedef FKV_DECL_SCORES((*fkv_scores_fn));
 typedef FKV_DECL_WEIGH((*fkv_weigh_fn));
 typedef FKV_DECL_SOFTMAX((*fkv_softmax_fn));
@@ -166,6 +183,9 @@ typedef FKV_DECL_CODE((*fkv_code_fn));
 typedef FKV_DECL_UNCARRY((*fkv_uncarry_fn));
 typedef FKV_DECL_GATHER((*fkv_gather_fn));
 typedef FKV_DECL_CARRY((*fkv_carry_fn));
+typedef FKV_DECL_TURN((*fkv_turn_fn));
+typedef FKV_DECL_UNPACK((*fkv_unpack_fn));
+typedef FKV_DECL_OVER((*fkv_over_fn));
 
 /* Slots by storage type; contract, expand and accumulate exist for F32 and F16 (BF16 slots are filled
  * too, so that no slot is ever NULL). */
@@ -189,6 +209,9 @@ struct fkv_kernels {
     fkv_uncarry_fn uncarry[FKV_N_STORE];
     fkv_gather_fn gather[FKV_N_STORE];
     fkv_carry_fn carry;
+    fkv_turn_fn turn[FKV_N_STORE];
+    fkv_unpack_fn unpack;
+    fkv_over_fn over;
 };
 
 /* Fills every slot for a level (never BEST): the reference first, then overrides upwards. */
@@ -199,6 +222,8 @@ fkv_cpu_level fkv_cpu_best_level(void);
 void fkv_kernels_init_ref(struct fkv_kernels *k);
 /* ref/packed_ref.c: the kernels of packed residuals */
 void fkv_packed_init_ref(struct fkv_kernels *k);
+/* ref/select_ref.c: the kernels of selection */
+void fkv_select_init_ref(struct fkv_kernels *k);
 #ifdef FKV_HAVE_AVX2
 void fkv_kernels_init_avx2(struct fkv_kernels *k);
 #endif

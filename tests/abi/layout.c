@@ -156,6 +156,25 @@ FIELD(fkv_batch, n_new, 16, 8);
 FIELD(fkv_batch, positions, 24, 8);
 FIELD(fkv_batch, positions_count, 32, 8);
 
+SIZE(fkv_select_params, 32);
+FIELD(fkv_select_params, struct_size, 0, 4);
+FIELD(fkv_select_params, n_global, 4, 4);
+FIELD(fkv_select_params, n_local, 8, 4);
+FIELD(fkv_select_params, span, 12, 4);
+FIELD(fkv_select_params, top_k, 16, 4);
+FIELD(fkv_select_params, clip, 20, 4);
+FIELD(fkv_select_params, chunk, 24, 4);
+FIELD(fkv_select_params, reserved, 28, 4);
+
+SIZE(fkv_selection, 48);
+FIELD(fkv_selection, struct_size, 0, 4);
+FIELD(fkv_selection, layer, 4, 4);
+FIELD(fkv_selection, tokens, 8, 8);
+FIELD(fkv_selection, view, 16, 8);
+FIELD(fkv_selection, middle_first, 24, 8);
+FIELD(fkv_selection, middle_end, 32, 8);
+FIELD(fkv_selection, spans, 40, 8);
+
 VALUE(FKV_OK, 0);
 VALUE(FKV_ERR_INVALID, -1);
 VALUE(FKV_ERR_HANDLE, -2);
@@ -208,5 +227,7 @@ VALUE(FKV_DOMAIN_UNROTATED, 1);
 VALUE(FKV_CRITERION_RESIDUAL, 0);
 VALUE(FKV_CRITERION_PUBLISHED, 1);
 
+VALUE(FKV_MAX_TOP_K, 256);
+VALUE(FKV_MAX_SCOPE, 16777216);
 VALUE(FKV_CONTEXT_PROPAGATE_NONFINITE, 1u);
 VALUE(FKV_ALL_SEQUENCES, -1);

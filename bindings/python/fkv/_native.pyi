@@ -10,6 +10,8 @@ class _Lib:
     FKV_ABI_VERSION: int
     FKV_MAX_HEAD_DIM: int
     FKV_MAX_SINK: int
+    FKV_MAX_TOP_K: int
+    FKV_MAX_SCOPE: int
     FKV_MAX_NDIM: int
     FKV_CONTEXT_PROPAGATE_NONFINITE: int
     FKV_ALL_SEQUENCES: int
@@ -370,6 +372,28 @@ class _Lib:
         """fkv_append() and fkv_attend() in one, attending before anything new is coded: the step's
         own tokens, and the local window behind each, are seen exactly. This is the call for
         prefill and decode. Errors: those of both. Since 0.1.
+        """
+        ...
+    def fkv_select_params_init(self, params: Any, struct_size: int) -> int:
+        """Fills *params with the defaults above. Errors: INVALID."""
+        ...
+    def fkv_plan_select(self, plan: Any, params: Any) -> int:
+        """Makes a plan attend with selection from its next fkv_plan_update() on, or, with params
+        NULL, without. Then fkv_append_attend() and fkv_attend() work as described there, the
+        latter after fkv_append() only (else STATE). The plan's cache must have a calibrated
+        profile with FKV_DOMAIN_UNROTATED (else UNSUPPORTED). Errors: HANDLE, INVALID,
+        UNSUPPORTED, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_plan_selection(self, plan: Any, index: int, selection: Any, spans: Any,
+            count: int) -> int:
+        """Tells what the queries of a sequence (`index` in the batch) saw in the last attention
+        with this plan: those of the last chunk, if there were several. Set
+        selection->struct_size before. spans, which may be NULL with count 0, gets the first
+        token and the end of each span, in ascending order; `count` is the number of int64_t at
+        spans. Errors: HANDLE, INVALID, STATE (no attention with selection since the last
+        update), BUSY, BUFFER (*selection is written: 2 * selection->spans are needed). Since
+        0.1.
         """
         ...
     def fkv_plan_destroy(self, plan: Any) -> int:

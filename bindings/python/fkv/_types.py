@@ -543,3 +543,42 @@ class Stats:
     """Calibrated: residuals and exact channels of sealed blocks."""
     bytes_scales: int
     """Calibrated: scales and zero points of sealed blocks."""
+
+
+@dataclasses.dataclass
+class SelectParams:
+    """Selection: attention to a sequence of any length within a finite scope (LongCache, arXiv 2407.15176, here
+    docs/longcache.md). Nothing is evicted. Queries that come together, at most `chunk`, see a view of
+        [n_global first tokens | spans of the middle | n_local newest tokens, their own included]
+    at positions 0, 1, .. in this order, each query up to itself; the batch's positions have no influence. Views have
+    at most n_global + clip * span + n_local tokens: the scope, which should be the length that the model was trained
+    for. A sequence that fits is seen whole. Else each query head of each of the queries gives a vote to the top_k
+    keys of the middle with which its raw product q . k (no RoPE, no scale) is largest, of equal ones to the lower
+    token; the clip tokens of most votes, of equal ones the lower, become the centres of spans [c - span / 2,
+    c + (span + 1) / 2), cut off at the ends of the middle; what overlaps is one. Products that are NaN or -infinity
+    get no votes. One selection serves all heads of the layer. Since 0.1. A field that is None has the default.
+    """
+    _c: ClassVar[str] = 'fkv_select_params'
+    _kinds: ClassVar[dict] = {
+        'n_global': 'number',
+        'n_local': 'number',
+        'span': 'number',
+        'top_k': 'number',
+        'clip': 'number',
+        'chunk': 'number',
+    }
+    n_global: Optional[int] = None
+    """First tokens that are always seen. Default 32."""
+    n_local: Optional[int] = None
+    """Newest tokens that are always seen; at least 1. Default 4096."""
+    span: Optional[int] = None
+    """Tokens of a span; at least 1. Default 32."""
+    top_k: Optional[int] = None
+    """Votes of a query head. 0..FKV_MAX_TOP_K; 0: no spans. Default 4."""
+    clip: Optional[int] = None
+    """Most spans of a view. 0: no spans. Default 127."""
+    chunk: Optional[int] = None
+    """Most queries that select together, 1..n_local. New tokens of a step are cut where their
+    index is a multiple of it: any split of the appends at such places gives the same
+    selections. Default 512.
+    """

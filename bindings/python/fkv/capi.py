@@ -23,6 +23,8 @@ FKV_VERSION_PATCH = 0
 FKV_ABI_VERSION = 0
 FKV_MAX_HEAD_DIM = 256
 FKV_MAX_SINK = 64
+FKV_MAX_TOP_K = 256
+FKV_MAX_SCOPE = 16777216
 FKV_MAX_NDIM = 4
 FKV_CONTEXT_PROPAGATE_NONFINITE = 1
 FKV_ALL_SEQUENCES = -1
@@ -328,6 +330,43 @@ class fkv_batch(Structure):
     ]
 
 
+class fkv_select_params(Structure):
+    """Selection: attention to a sequence of any length within a finite scope (LongCache, arXiv 2407.15176, here
+    docs/longcache.md). Nothing is evicted. Queries that come together, at most `chunk`, see a view of
+        [n_global first tokens | spans of the middle | n_local newest tokens, their own included]
+    at positions 0, 1, .. in this order, each query up to itself; the batch's positions have no influence. Views have
+    at most n_global + clip * span + n_local tokens: the scope, which should be the length that the model was trained
+    for. A sequence that fits is seen whole. Else each query head of each of the queries gives a vote to the top_k
+    keys of the middle with which its raw product q . k (no RoPE, no scale) is largest, of equal ones to the lower
+    token; the clip tokens of most votes, of equal ones the lower, become the centres of spans [c - span / 2,
+    c + (span + 1) / 2), cut off at the ends of the middle; what overlaps is one. Products that are NaN or -infinity
+    get no votes. One selection serves all heads of the layer. Since 0.1.
+    """
+    _fields_ = [
+        ('struct_size', c_uint32),
+        ('n_global', c_int32),
+        ('n_local', c_int32),
+        ('span', c_int32),
+        ('top_k', c_int32),
+        ('clip', c_int32),
+        ('chunk', c_int32),
+        ('reserved', c_int32),
+    ]
+
+
+class fkv_selection(Structure):
+    """What the last queries of a sequence saw. Written by fkv_plan_selection(). Since 0.1."""
+    _fields_ = [
+        ('struct_size', c_uint32),
+        ('layer', c_int32),
+        ('tokens', c_int64),
+        ('view', c_int64),
+        ('middle_first', c_int64),
+        ('middle_end', c_int64),
+        ('spans', c_int64),
+    ]
+
+
 # name: (result, arguments)
 PROTOTYPES = {
     'fkv_status_string': (c_char_p, [c_int32]),
@@ -405,6 +444,10 @@ PROTOTYPES = {
         POINTER(fkv_tensor)]),
     'fkv_append_attend': (c_int32, [POINTER(fkv_plan), c_int32, POINTER(fkv_tensor),
         POINTER(fkv_tensor), POINTER(fkv_tensor), POINTER(fkv_tensor), POINTER(fkv_tensor)]),
+    'fkv_select_params_init': (c_int32, [POINTER(fkv_select_params), c_size_t]),
+    'fkv_plan_select': (c_int32, [POINTER(fkv_plan), POINTER(fkv_select_params)]),
+    'fkv_plan_selection': (c_int32, [POINTER(fkv_plan), c_int32, POINTER(fkv_selection),
+        POINTER(c_int64), c_size_t]),
     'fkv_plan_destroy': (c_int32, [POINTER(fkv_plan)]),
     'fkv_merge': (c_int32, [POINTER(fkv_context), POINTER(fkv_tensor), POINTER(fkv_tensor),
         POINTER(fkv_tensor), POINTER(fkv_tensor)]),

@@ -10,6 +10,8 @@ FKV_VERSION_PATCH: int
 FKV_ABI_VERSION: int
 FKV_MAX_HEAD_DIM: int
 FKV_MAX_SINK: int
+FKV_MAX_TOP_K: int
+FKV_MAX_SCOPE: int
 FKV_MAX_NDIM: int
 FKV_CONTEXT_PROPAGATE_NONFINITE: int
 FKV_ALL_SEQUENCES: int
@@ -401,6 +403,57 @@ class fkv_batch(ctypes.Structure):
     """Entries at positions: the sum over n_new; 0 if NULL. Positions are 0..2^31-1."""
 
 
+class fkv_select_params(ctypes.Structure):
+    """Selection: attention to a sequence of any length within a finite scope (LongCache, arXiv 2407.15176, here
+    docs/longcache.md). Nothing is evicted. Queries that come together, at most `chunk`, see a view of
+        [n_global first tokens | spans of the middle | n_local newest tokens, their own included]
+    at positions 0, 1, .. in this order, each query up to itself; the batch's positions have no influence. Views have
+    at most n_global + clip * span + n_local tokens: the scope, which should be the length that the model was trained
+    for. A sequence that fits is seen whole. Else each query head of each of the queries gives a vote to the top_k
+    keys of the middle with which its raw product q . k (no RoPE, no scale) is largest, of equal ones to the lower
+    token; the clip tokens of most votes, of equal ones the lower, become the centres of spans [c - span / 2,
+    c + (span + 1) / 2), cut off at the ends of the middle; what overlaps is one. Products that are NaN or -infinity
+    get no votes. One selection serves all heads of the layer. Since 0.1.
+    """
+    struct_size: int
+    """sizeof(fkv_select_params) as the caller compiled it."""
+    n_global: int
+    """First tokens that are always seen. Default 32."""
+    n_local: int
+    """Newest tokens that are always seen; at least 1. Default 4096."""
+    span: int
+    """Tokens of a span; at least 1. Default 32."""
+    top_k: int
+    """Votes of a query head. 0..FKV_MAX_TOP_K; 0: no spans. Default 4."""
+    clip: int
+    """Most spans of a view. 0: no spans. Default 127."""
+    chunk: int
+    """Most queries that select together, 1..n_local. New tokens of a step are cut where their
+    index is a multiple of it: any split of the appends at such places gives the same
+    selections. Default 512.
+    """
+    reserved: int
+    """Zero."""
+
+
+class fkv_selection(ctypes.Structure):
+    """What the last queries of a sequence saw. Written by fkv_plan_selection(). Since 0.1."""
+    struct_size: int
+    """sizeof(fkv_selection) as the caller compiled it; no more than this is written."""
+    layer: int
+    """Layer of the last attention with this plan."""
+    tokens: int
+    """Tokens of the sequence, up to the last query."""
+    view: int
+    """Tokens of the view."""
+    middle_first: int
+    """First token of the middle that was searched."""
+    middle_end: int
+    """End of that middle; equal to middle_first if everything was seen."""
+    spans: int
+    """Spans of the middle."""
+
+
 class Library(ctypes.CDLL):
     def fkv_status_string(self, status: int) -> bytes | None:
         """Name of a status, for any value; never NULL. Static storage."""
@@ -708,6 +761,28 @@ class Library(ctypes.CDLL):
         """fkv_append() and fkv_attend() in one, attending before anything new is coded: the step's
         own tokens, and the local window behind each, are seen exactly. This is the call for
         prefill and decode. Errors: those of both. Since 0.1.
+        """
+        ...
+    def fkv_select_params_init(self, params: Any, struct_size: int) -> int:
+        """Fills *params with the defaults above. Errors: INVALID."""
+        ...
+    def fkv_plan_select(self, plan: Any, params: Any) -> int:
+        """Makes a plan attend with selection from its next fkv_plan_update() on, or, with params
+        NULL, without. Then fkv_append_attend() and fkv_attend() work as described there, the
+        latter after fkv_append() only (else STATE). The plan's cache must have a calibrated
+        profile with FKV_DOMAIN_UNROTATED (else UNSUPPORTED). Errors: HANDLE, INVALID,
+        UNSUPPORTED, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_plan_selection(self, plan: Any, index: int, selection: Any, spans: Any,
+            count: int) -> int:
+        """Tells what the queries of a sequence (`index` in the batch) saw in the last attention
+        with this plan: those of the last chunk, if there were several. Set
+        selection->struct_size before. spans, which may be NULL with count 0, gets the first
+        token and the end of each span, in ascending order; `count` is the number of int64_t at
+        spans. Errors: HANDLE, INVALID, STATE (no attention with selection since the last
+        update), BUSY, BUFFER (*selection is written: 2 * selection->spans are needed). Since
+        0.1.
         """
         ...
     def fkv_plan_destroy(self, plan: Any) -> int:

@@ -129,4 +129,5 @@ void fkv_kernels_init_ref(struct fkv_kernels *k) {
         .rotate = rotate_ref,
     };
     fkv_packed_init_ref(k);
+    fkv_select_init_ref(k);
 }

@@ -163,6 +163,40 @@ static FKV_DECL_SPREAD(FKV_NAME(spread)) {
 
 #include "simd_packed.h"
 
+static inline __attribute__((always_inline)) void
+unpack_class(float **x, const uint8_t **p, int count, const uint8_t **list, const uint16_t **scale,
+             const uint16_t **zero, const float *carrier, const int bits) {
+    for (int i = 0; i < count; i++, (*list)++, (*scale)++, (*zero)++, *p += 8 * bits) {
+        float *to = *x + **list * 64;
+        const vf step = v_set1(_cvtsh_ss(**scale));
+        const vf least = v_set1(carrier[**list] + _cvtsh_ss(**zero));
+        for (int half = 0; half < 16 / VL; half++) {
+            vf key[4];
+            key_vectors(key, *p, half, bits);
+            UNROLL for (int v = 0; v < 4; v++)
+                v_store(to + 16 * v + half * VL, v_fma(step, key[v], least));
+        }
+    }
+}
+
+static FKV_DECL_UNPACK(FKV_NAME(unpack)) {
+    const uint8_t *p = k;
+    unpack_class(&x, &p, counts[0], &list, &scale, &zero, carrier, 8);
+    unpack_class(&x, &p, counts[1], &list, &scale, &zero, carrier, 4);
+    unpack_class(&x, &p, counts[2], &list, &scale, &zero, carrier, 3);
+    unpack_class(&x, &p, counts[3], &list, &scale, &zero, carrier, 2);
+}
+
+static FKV_DECL_OVER(FKV_NAME(over)) {
+    for (int r = 0; r < rows; r++) {
+        const vf least = v_set1(limit[r]);
+        uint64_t all = 0;
+        for (int t = 0; t < 64; t += VL)
+            all |= v_over(v_load(s + r * s_stride + t), least) << t;
+        bits[r] = all;
+    }
+}
+
 #define SLOTS(name)                                                                                \
     { FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16) }
 
@@ -188,5 +222,8 @@ void FKV_NAME(fkv_kernels_init)(struct fkv_kernels *k) {
         .uncarry = SLOTS(uncarry),
         .gather = SLOTS(gather),
         .carry = FKV_NAME(carry),
+        .turn = SLOTS(turn),
+        .unpack = FKV_NAME(unpack),
+        .over = FKV_NAME(over),
     };
 }

@@ -249,6 +249,26 @@ static FKV_DECL_GATHER(NAME(gather)) {
     }
 }
 
+static FKV_DECL_TURN(NAME(turn)) {
+    const ELEMENT *key = k;
+    const int begin = from / VL * VL;
+    const intptr_t ahead = distance(k, next);
+    for (int j = 0; j < pairs; j++) {
+        const int a = first[j] * 64, b = second[j] * 64;
+        prefetch(key + a, ahead, 64 * sizeof *key);
+        prefetch(key + b, ahead, 64 * sizeof *key);
+        for (int t = begin; t < end; t += VL) {
+            const vf x = LOAD(key + a + t), z = LOAD(key + b + t);
+            const vf c = v_load(cos + j * 64 + t), s = v_load(sin + j * 64 + t);
+            v_store(y + a + t, v_sub(v_mul(x, c), v_mul(z, s)));
+            v_store(y + b + t, v_fma(z, c, v_mul(x, s)));
+        }
+    }
+    for (int d = 2 * pairs; d < dims; d++)
+        for (int t = begin; t < end; t += VL)
+            v_store(y + d * 64 + t, LOAD(key + d * 64 + t));
+}
+
 #undef NAME
 #undef LOAD
 #undef SAVE

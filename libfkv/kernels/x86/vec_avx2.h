@@ -225,3 +225,7 @@ static inline void v_store_pairs(float *p, vf a, vf b) {
 static inline vf v_gather(const float *row, const int *list) {
     return _mm256_i32gather_ps(row, _mm256_loadu_si256((const __m256i *)(const void *)list), 4);
 }
+/* bit i: x > limit in lane i; not if either is NaN */
+static inline uint64_t v_over(vf x, vf limit) {
+    return (uint64_t)_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ));
+}

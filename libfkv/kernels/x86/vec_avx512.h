@@ -203,3 +203,7 @@ static inline void v_store_pairs(float *p, vf a, vf b) {
 static inline vf v_gather(const float *row, const int *list) {
     return _mm512_i32gather_ps(_mm512_loadu_si512(list), row, 4);
 }
+/* bit i: x > limit in lane i; not if either is NaN */
+static inline uint64_t v_over(vf x, vf limit) {
+    return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ);
+}
