@@ -301,7 +301,7 @@ def types(api):
         name = struct['name']
         if name.endswith('_params'):
             out.append(params_class(struct, api))
-        elif name.endswith(('_info', '_stats')):
+        elif name.endswith(('_info', '_stats', '_selection')):
             out.append(result_class(struct, api))
     return module(out)
 

@@ -20,7 +20,8 @@ from ._native import lib as _lib
 from ._objects import Context
 from ._types import (Backend, CacheParams, CalibratorParams, Channel, CodecParams, Coding, ContextInfo,
                      ContextParams, CpuLevel, Criterion, Device, Domain, DType, FourierParams, ModelParams,
-                     Outgrow, Part, ProfileInfo, Restoration, RopeLayout, SequenceParams, Stats,
+                     Outgrow, Part, ProfileInfo, Restoration, RopeLayout, Selection, SelectParams,
+                     SequenceParams, Stats,
                      Status)
 from .cache import Cache, Plan, Sequence
 from .errors import (BufferTooSmallError, BusyError, ChecksumError, DeviceError, Error, FileError,
@@ -36,7 +37,7 @@ __all__ = [
     'ContextParams', 'CpuLevel', 'Criterion', 'DType', 'Device', 'DeviceError', 'Domain', 'Error',
     'FileError', 'FormatError', 'FourierParams', 'HandleError', 'InvalidError', 'LimitError',
     'MismatchError', 'ModelParams', 'NoMemoryError', 'NonFiniteError', 'Outgrow', 'Part', 'Plan',
-    'Profile', 'ProfileInfo', 'Restoration', 'RopeLayout', 'Sequence', 'SequenceParams',
+    'Profile', 'ProfileInfo', 'Restoration', 'RopeLayout', 'SelectParams', 'Selection', 'Sequence', 'SequenceParams',
     'StateError', 'Stats', 'Status', 'UnsupportedError', 'VersionError', 'abi_version',
     'model_params', 'status_string', 'tensor', 'version',
 ]

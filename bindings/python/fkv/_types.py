@@ -582,3 +582,29 @@ class SelectParams:
     index is a multiple of it: any split of the appends at such places gives the same
     selections. Default 512.
     """
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What the last queries of a sequence saw. Written by fkv_plan_selection(). Since 0.1."""
+    _c: ClassVar[str] = 'fkv_selection'
+    _kinds: ClassVar[dict] = {
+        'layer': 'number',
+        'tokens': 'number',
+        'view': 'number',
+        'middle_first': 'number',
+        'middle_end': 'number',
+        'spans': 'number',
+    }
+    layer: int
+    """Layer of the last attention with this plan."""
+    tokens: int
+    """Tokens of the sequence, up to the last query."""
+    view: int
+    """Tokens of the view."""
+    middle_first: int
+    """First token of the middle that was searched."""
+    middle_end: int
+    """End of that middle; equal to middle_first if everything was seen."""
+    spans: int
+    """Spans of the middle."""

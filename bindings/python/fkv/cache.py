@@ -10,7 +10,7 @@ import numpy
 
 from ._convert import (TENSOR, View, empty_for, ffi, from_c, int64_list, lib, new_result, to_c)
 from ._objects import Context, Handle, expect, tensor_pointer
-from ._types import CacheParams, SequenceParams, Stats
+from ._types import CacheParams, Selection, SelectParams, SequenceParams, Stats
 from .profile import Profile
 
 _cast = ffi.cast
@@ -205,6 +205,32 @@ class Plan(Handle):
         self._check(lib.fkv_plan_update(self._pointer, batch))
         # What is planned must not become garbage before it is used.
         self._sequences = sequences
+
+    def select(self, params: SelectParams | None = None, **fields) -> None:
+        """Attends within a finite scope from the next update() on (docs/longcache.md).
+
+        params, or its fields as keywords: what is seen. Without either: plain attention again. The
+        cache must be of a calibrated profile with unrotated keys.
+        """
+        if fields and params is not None:
+            raise TypeError('give params or its fields, not both')
+        struct, keep = to_c(SelectParams, SelectParams(**fields) if fields else params)
+        self._check(lib.fkv_plan_select(self._pointer, struct))
+
+    def selection(self, index: int = 0) -> tuple[Selection, numpy.ndarray]:
+        """What the last queries of a sequence (`index` in the batch) saw: (numbers, spans).
+
+        spans: [n, 2] of int64, first token and end of each span of the middle, ascending.
+        """
+        struct = new_result(Selection)
+        status = lib.fkv_plan_selection(self._pointer, index, struct, ffi.NULL, 0)
+        if status not in (lib.FKV_OK, lib.FKV_ERR_BUFFER):
+            raise self._failure(status)
+        spans = numpy.empty((struct.spans, 2), numpy.int64)
+        if len(spans):
+            self._check(lib.fkv_plan_selection(self._pointer, index, struct,
+                                               ffi.from_buffer('int64_t[]', spans), spans.size))
+        return from_c(Selection, struct), spans
 
     def append(self, layer: int, k: Any, v: Any) -> None:
         """Stores the step's new tokens of one layer: k, v [tokens, Hk, D], before RoPE."""

@@ -82,8 +82,8 @@ def test_enums_are_those_of_the_ctypes_module():
     for kind in ENUMS:
         for member in kind:
             # A name of Python cannot begin with a number.
-                c_name = re.sub(r'^BIT(\d)$', r'\1BIT', member.name)
-                names = [prefix + c_name for prefix in
+            c_name = re.sub(r'^BIT(\d)$', r'\1BIT', member.name)
+            names = [prefix + c_name for prefix in
                      prefixes.get(kind.__name__, (f'FKV_{kind.__name__.upper()}_',))]
             found = [getattr(capi, name) for name in names if hasattr(capi, name)]
             assert found == [member], names

@@ -6,6 +6,8 @@ pub const FKV_VERSION_PATCH: u32 = 0;
 pub const FKV_ABI_VERSION: u32 = 0;
 pub const FKV_MAX_HEAD_DIM: u32 = 256;
 pub const FKV_MAX_SINK: u32 = 64;
+pub const FKV_MAX_TOP_K: u32 = 256;
+pub const FKV_MAX_SCOPE: u32 = 16777216;
 pub const FKV_MAX_NDIM: u32 = 4;
 pub const FKV_CONTEXT_PROPAGATE_NONFINITE: u32 = 1;
 pub const FKV_ALL_SEQUENCES: i32 = -1;
@@ -3200,6 +3202,363 @@ extern "C" {
         v: *const fkv_tensor,
         out: *const fkv_tensor,
         lse: *const fkv_tensor,
+    ) -> fkv_status;
+}
+#[doc = " Selection: attention to a sequence of any length within a finite scope (LongCache, arXiv 2407.15176, here"]
+#[doc = " docs/longcache.md). Nothing is evicted. Queries that come together, at most `chunk`, see a view of"]
+#[doc = "     [n_global first tokens | spans of the middle | n_local newest tokens, their own included]"]
+#[doc = " at positions 0, 1, .. in this order, each query up to itself; the batch's positions have no influence. Views have"]
+#[doc = " at most n_global + clip * span + n_local tokens: the scope, which should be the length that the model was trained"]
+#[doc = " for. A sequence that fits is seen whole. Else each query head of each of the queries gives a vote to the top_k"]
+#[doc = " keys of the middle with which its raw product q . k (no RoPE, no scale) is largest, of equal ones to the lower"]
+#[doc = " token; the clip tokens of most votes, of equal ones the lower, become the centres of spans [c - span / 2,"]
+#[doc = " c + (span + 1) / 2), cut off at the ends of the middle; what overlaps is one. Products that are NaN or -infinity"]
+#[doc = " get no votes. One selection serves all heads of the layer. Since 0.1."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct fkv_select_params {
+    #[doc = " sizeof(fkv_select_params) as the caller compiled it."]
+    pub struct_size: u32,
+    #[doc = " First tokens that are always seen. Default 32."]
+    pub n_global: i32,
+    #[doc = " Newest tokens that are always seen; at least 1. Default 4096."]
+    pub n_local: i32,
+    #[doc = " Tokens of a span; at least 1. Default 32."]
+    pub span: i32,
+    #[doc = " Votes of a query head. 0..FKV_MAX_TOP_K; 0: no spans. Default 4."]
+    pub top_k: i32,
+    #[doc = " Most spans of a view. 0: no spans. Default 127."]
+    pub clip: i32,
+    #[doc = " Most queries that select together, 1..n_local. New tokens of a step are cut where their index is a multiple"]
+    #[doc = " of it: any split of the appends at such places gives the same selections. Default 512."]
+    pub chunk: i32,
+    #[doc = " Zero."]
+    pub reserved: i32,
+}
+#[test]
+fn bindgen_test_layout_fkv_select_params() {
+    assert_eq!(
+        ::core::mem::size_of::<fkv_select_params>(),
+        32usize,
+        concat!("Size of: ", stringify!(fkv_select_params))
+    );
+    assert_eq!(
+        ::core::mem::align_of::<fkv_select_params>(),
+        4usize,
+        concat!("Alignment of ", stringify!(fkv_select_params))
+    );
+    fn test_field_struct_size() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).struct_size) as usize - ptr as usize
+            },
+            0usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(struct_size)
+            )
+        );
+    }
+    test_field_struct_size();
+    fn test_field_n_global() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).n_global) as usize - ptr as usize
+            },
+            4usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(n_global)
+            )
+        );
+    }
+    test_field_n_global();
+    fn test_field_n_local() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).n_local) as usize - ptr as usize
+            },
+            8usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(n_local)
+            )
+        );
+    }
+    test_field_n_local();
+    fn test_field_span() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).span) as usize - ptr as usize
+            },
+            12usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(span)
+            )
+        );
+    }
+    test_field_span();
+    fn test_field_top_k() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).top_k) as usize - ptr as usize
+            },
+            16usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(top_k)
+            )
+        );
+    }
+    test_field_top_k();
+    fn test_field_clip() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).clip) as usize - ptr as usize
+            },
+            20usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(clip)
+            )
+        );
+    }
+    test_field_clip();
+    fn test_field_chunk() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).chunk) as usize - ptr as usize
+            },
+            24usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(chunk)
+            )
+        );
+    }
+    test_field_chunk();
+    fn test_field_reserved() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_select_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).reserved) as usize - ptr as usize
+            },
+            28usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_select_params),
+                "::",
+                stringify!(reserved)
+            )
+        );
+    }
+    test_field_reserved();
+}
+#[doc = " What the last queries of a sequence saw. Written by fkv_plan_selection(). Since 0.1."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct fkv_selection {
+    #[doc = " sizeof(fkv_selection) as the caller compiled it; no more than this is written."]
+    pub struct_size: u32,
+    #[doc = " Layer of the last attention with this plan."]
+    pub layer: i32,
+    #[doc = " Tokens of the sequence, up to the last query."]
+    pub tokens: i64,
+    #[doc = " Tokens of the view."]
+    pub view: i64,
+    #[doc = " First token of the middle that was searched."]
+    pub middle_first: i64,
+    #[doc = " End of that middle; equal to middle_first if everything was seen."]
+    pub middle_end: i64,
+    #[doc = " Spans of the middle."]
+    pub spans: i64,
+}
+#[test]
+fn bindgen_test_layout_fkv_selection() {
+    assert_eq!(
+        ::core::mem::size_of::<fkv_selection>(),
+        48usize,
+        concat!("Size of: ", stringify!(fkv_selection))
+    );
+    assert_eq!(
+        ::core::mem::align_of::<fkv_selection>(),
+        8usize,
+        concat!("Alignment of ", stringify!(fkv_selection))
+    );
+    fn test_field_struct_size() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_selection>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).struct_size) as usize - ptr as usize
+            },
+            0usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_selection),
+                "::",
+                stringify!(struct_size)
+            )
+        );
+    }
+    test_field_struct_size();
+    fn test_field_layer() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_selection>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).layer) as usize - ptr as usize
+            },
+            4usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_selection),
+                "::",
+                stringify!(layer)
+            )
+        );
+    }
+    test_field_layer();
+    fn test_field_tokens() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_selection>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).tokens) as usize - ptr as usize
+            },
+            8usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_selection),
+                "::",
+                stringify!(tokens)
+            )
+        );
+    }
+    test_field_tokens();
+    fn test_field_view() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_selection>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).view) as usize - ptr as usize
+            },
+            16usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_selection),
+                "::",
+                stringify!(view)
+            )
+        );
+    }
+    test_field_view();
+    fn test_field_middle_first() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_selection>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).middle_first) as usize - ptr as usize
+            },
+            24usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_selection),
+                "::",
+                stringify!(middle_first)
+            )
+        );
+    }
+    test_field_middle_first();
+    fn test_field_middle_end() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_selection>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).middle_end) as usize - ptr as usize
+            },
+            32usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_selection),
+                "::",
+                stringify!(middle_end)
+            )
+        );
+    }
+    test_field_middle_end();
+    fn test_field_spans() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_selection>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).spans) as usize - ptr as usize
+            },
+            40usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_selection),
+                "::",
+                stringify!(spans)
+            )
+        );
+    }
+    test_field_spans();
+}
+extern "C" {
+    #[doc = " Fills *params with the defaults above. Errors: INVALID."]
+    pub fn fkv_select_params_init(params: *mut fkv_select_params, struct_size: usize)
+        -> fkv_status;
+}
+extern "C" {
+    #[doc = " Makes a plan attend with selection from its next fkv_plan_update() on, or, with params NULL, without. Then"]
+    #[doc = " fkv_append_attend() and fkv_attend() work as described there, the latter after fkv_append() only (else STATE)."]
+    #[doc = " The plan's cache must have a calibrated profile with FKV_DOMAIN_UNROTATED (else UNSUPPORTED)."]
+    #[doc = " Errors: HANDLE, INVALID, UNSUPPORTED, BUSY. Since 0.1."]
+    pub fn fkv_plan_select(plan: *mut fkv_plan, params: *const fkv_select_params) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Tells what the queries of a sequence (`index` in the batch) saw in the last attention with this plan: those of"]
+    #[doc = " the last chunk, if there were several. Set selection->struct_size before. spans, which may be NULL with count 0,"]
+    #[doc = " gets the first token and the end of each span, in ascending order; `count` is the number of int64_t at spans."]
+    #[doc = " Errors: HANDLE, INVALID, STATE (no attention with selection since the last update), BUSY, BUFFER (*selection is"]
+    #[doc = " written: 2 * selection->spans are needed). Since 0.1."]
+    pub fn fkv_plan_selection(
+        plan: *mut fkv_plan,
+        index: i32,
+        selection: *mut fkv_selection,
+        spans: *mut i64,
+        count: usize,
     ) -> fkv_status;
 }
 extern "C" {

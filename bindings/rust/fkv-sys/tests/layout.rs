@@ -101,33 +101,41 @@ fn facts() -> Facts {
         fkv_profile_info {
             struct_size coding n_layers n_q_heads n_kv_heads head_dim rope_layout rope_dim storage_dtype
             coefficient_dtype bins n_sink n_local restoration outgrow reserved period min_middle
-            k_fourier_channels v_fourier_channels softmax_scale
+            k_fourier_channels v_fourier_channels softmax_scale group block domain reserved2 k_bits v_bits
         }
+        fkv_codec_params { struct_size storage_dtype group block n_sink n_local domain spectral_bins }
         fkv_calibrator_params { struct_size criterion fourier }
         fkv_cache_params { struct_size reserved max_tokens max_bytes }
         fkv_sequence_params { struct_size reserved period }
         fkv_stats {
             struct_size reserved sequences tokens tokens_exact tokens_coded bytes bytes_exact bytes_kept
             bytes_coefficients bytes_tables dense_bytes ratio
-            bytes_shared
+            bytes_shared bytes_blocks bytes_scales
         }
         fkv_batch { struct_size count sequences n_new positions positions_count }
+        fkv_select_params { struct_size n_global n_local span top_k clip chunk reserved }
+        fkv_selection {
+            struct_size layer tokens view middle_first middle_end spans
+        }
     }
     integers! { facts,
         fkv_status fkv_dtype fkv_device fkv_backend fkv_cpu_level fkv_rope_layout fkv_restoration
-        fkv_outgrow fkv_part fkv_coding fkv_criterion fkv_sequence
+        fkv_outgrow fkv_part fkv_coding fkv_domain fkv_criterion fkv_sequence
     }
     constants! { facts,
         FKV_VERSION_MAJOR FKV_VERSION_MINOR FKV_VERSION_PATCH FKV_ABI_VERSION FKV_MAX_HEAD_DIM
-        FKV_MAX_SINK FKV_MAX_NDIM FKV_CONTEXT_PROPAGATE_NONFINITE FKV_ALL_SEQUENCES FKV_OK
+        FKV_MAX_SINK FKV_MAX_NDIM FKV_MAX_TOP_K FKV_MAX_SCOPE FKV_CONTEXT_PROPAGATE_NONFINITE
+        FKV_ALL_SEQUENCES FKV_OK
         FKV_ERR_INVALID FKV_ERR_HANDLE FKV_ERR_STATE FKV_ERR_NOMEM FKV_ERR_LIMIT FKV_ERR_NONFINITE
         FKV_ERR_IO FKV_ERR_FORMAT FKV_ERR_CHECKSUM FKV_ERR_VERSION FKV_ERR_MISMATCH
         FKV_ERR_UNSUPPORTED FKV_ERR_DEVICE FKV_ERR_BUSY FKV_ERR_BUFFER FKV_DTYPE_NONE FKV_DTYPE_F32
         FKV_DTYPE_F16 FKV_DTYPE_BF16 FKV_DEVICE_CPU FKV_DEVICE_CUDA FKV_BACKEND_CPU FKV_BACKEND_CUDA
         FKV_CPU_BEST FKV_CPU_REFERENCE FKV_CPU_AVX2 FKV_CPU_AVX512 FKV_ROPE_NONE FKV_ROPE_HALF_SPLIT
         FKV_ROPE_INTERLEAVED FKV_RESTORE_LEAST_SQUARES FKV_RESTORE_AUTHORS FKV_OUTGROW_SEGMENT
-        FKV_OUTGROW_ERROR FKV_PART_K FKV_PART_V FKV_CHANNEL_FOURIER FKV_CHANNEL_EXACT
-        FKV_CODING_EXACT FKV_CODING_FOURIER FKV_CRITERION_RESIDUAL FKV_CRITERION_PUBLISHED
+        FKV_OUTGROW_ERROR FKV_PART_K FKV_PART_V FKV_CHANNEL_CARRIER FKV_CHANNEL_FOURIER
+        FKV_CHANNEL_2BIT FKV_CHANNEL_3BIT FKV_CHANNEL_4BIT FKV_CHANNEL_8BIT FKV_CHANNEL_EXACT
+        FKV_CODING_EXACT FKV_CODING_FOURIER FKV_CODING_CALIBRATED FKV_DOMAIN_ROTATED
+        FKV_DOMAIN_UNROTATED FKV_CRITERION_RESIDUAL FKV_CRITERION_PUBLISHED
     }
     facts
 }

@@ -73,6 +73,10 @@ pub struct Stats {
     pub ratio: f64,
     /// Of bytes, those that several sequences hold since a fork.
     pub bytes_shared: u64,
+    /// Calibrated: residuals and exact channels of sealed blocks.
+    pub bytes_blocks: u64,
+    /// Calibrated: scales and zero points of sealed blocks.
+    pub bytes_scales: u64,
 }
 
 impl Stats {
@@ -90,6 +94,8 @@ impl Stats {
             dense_bytes: raw.dense_bytes,
             ratio: raw.ratio,
             bytes_shared: raw.bytes_shared,
+            bytes_blocks: raw.bytes_blocks,
+            bytes_scales: raw.bytes_scales,
         }
     }
 }

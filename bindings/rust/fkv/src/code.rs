@@ -172,8 +172,18 @@ codes! {
 codes! {
     /// How one channel of the middle is held.
     Channel {
+        /// Calibrated: as its carrier alone, which takes no bytes.
+        Carrier = FKV_CHANNEL_CARRIER,
         /// Fourier coefficients over time.
         Fourier = FKV_CHANNEL_FOURIER,
+        /// Calibrated: carrier and a residual of 2 bits per token.
+        Bits2 = FKV_CHANNEL_2BIT,
+        /// Carrier and a residual of 3 bits.
+        Bits3 = FKV_CHANNEL_3BIT,
+        /// Carrier and a residual of 4 bits.
+        Bits4 = FKV_CHANNEL_4BIT,
+        /// Carrier and a residual of 8 bits.
+        Bits8 = FKV_CHANNEL_8BIT,
         /// Exactly, in the storage type.
         Exact = FKV_CHANNEL_EXACT,
     }
@@ -186,6 +196,18 @@ codes! {
         Exact = FKV_CODING_EXACT,
         /// A share of the channels as Fourier coefficients.
         Fourier = FKV_CODING_FOURIER,
+        /// Carriers, and residuals of few bits.
+        Calibrated = FKV_CODING_CALIBRATED,
+    }
+}
+
+codes! {
+    /// Whether the calibrated coding holds keys with RoPE's rotation or without.
+    Domain {
+        /// Keys are held as attention sees them: the fast one for plain decoding.
+        Rotated = FKV_DOMAIN_ROTATED,
+        /// Keys are held as they came, and are rotated whenever they are read.
+        Unrotated = FKV_DOMAIN_UNROTATED,
     }
 }
 

@@ -83,20 +83,22 @@ mod half;
 mod model;
 mod plan;
 mod profile;
+mod select;
 mod tensor;
 
 pub use cache::{Cache, CacheParams, Sequence, SequenceParams, Stats};
 pub use calibrator::{Calibrator, CalibratorParams};
 pub use code::{
-    Backend, Channel, Coding, CpuLevel, Criterion, Dtype, Outgrow, Part, Restoration, RopeLayout,
-    Status,
+    Backend, Channel, Coding, CpuLevel, Criterion, Domain, Dtype, Outgrow, Part, Restoration,
+    RopeLayout, Status,
 };
 pub use context::{Context, ContextInfo, ContextParams};
 pub use error::{Error, Result};
 pub use half::{Bf16, F16};
-pub use model::{FourierParams, ModelParams};
+pub use model::{CodecParams, FourierParams, ModelParams};
 pub use plan::{Batch, Plan};
 pub use profile::{Profile, ProfileInfo};
+pub use select::{SelectParams, Selection};
 pub use tensor::{Element, TensorMut, TensorRef};
 
 /// The C interface, for what this crate leaves out.
@@ -106,6 +108,10 @@ pub use fkv_sys as sys;
 pub const MAX_HEAD_DIM: usize = sys::FKV_MAX_HEAD_DIM as usize;
 /// Largest number of sink tokens.
 pub const MAX_SINK: usize = sys::FKV_MAX_SINK as usize;
+/// Largest top_k of a selection.
+pub const MAX_TOP_K: usize = sys::FKV_MAX_TOP_K as usize;
+/// Largest scope of a selection, in tokens.
+pub const MAX_SCOPE: usize = sys::FKV_MAX_SCOPE as usize;
 /// Number of dimensions that a tensor can have.
 pub const MAX_NDIM: usize = sys::FKV_MAX_NDIM as usize;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::convert::{c_string, count, int32, int64, Struct};
-use crate::{sys, Dtype, Outgrow, Restoration, Result, RopeLayout};
+use crate::{sys, Domain, Dtype, Outgrow, Restoration, Result, RopeLayout};
 use std::ffi::CString;
 
 /// Geometry of a model.
@@ -153,6 +153,58 @@ impl FourierParams {
         raw.outgrow = self.outgrow.to_raw();
         raw.period = int64("period", self.period)?;
         raw.min_middle = int64("min_middle", self.min_middle)?;
+        Ok(raw)
+    }
+}
+
+/// The calibrated coding. A sequence is `[sinks | middle | local tail]`; in the middle each channel is its
+/// carrier, which stands in the profile, plus a residual of few bits per token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CodecParams {
+    /// Type of exact tokens and of exact channels. Default F16.
+    pub storage_dtype: Dtype,
+    /// Tokens that share a scale and a zero point: 64 or 128. Default 128.
+    pub group: usize,
+    /// Tokens of a block: 64, 128 or 256, a multiple of group. Default 128.
+    pub block: usize,
+    /// Sink tokens, exact. 0..[`MAX_SINK`](crate::MAX_SINK). Default 4.
+    pub n_sink: usize,
+    /// Newest tokens that stay exact; up to block - 1 more do. Default 128.
+    pub n_local: usize,
+    /// Whether keys are held rotated. Default Rotated.
+    pub domain: Domain,
+    /// Fourier bins around the carrier for each channel. 0; anything else is Unsupported.
+    pub spectral_bins: usize,
+}
+
+impl Default for CodecParams {
+    fn default() -> Self {
+        // SAFETY: the init function of this very struct.
+        let raw = unsafe { sys::fkv_codec_params::defaults(sys::fkv_codec_params_init) };
+        CodecParams {
+            storage_dtype: Dtype::from_raw(raw.storage_dtype),
+            group: count(raw.group.into()),
+            block: count(raw.block.into()),
+            n_sink: count(raw.n_sink.into()),
+            n_local: count(raw.n_local.into()),
+            domain: Domain::from_raw(raw.domain),
+            spectral_bins: count(raw.spectral_bins.into()),
+        }
+    }
+}
+
+impl CodecParams {
+    pub(crate) fn raw(&self) -> Result<sys::fkv_codec_params> {
+        // SAFETY: the init function of this very struct.
+        let mut raw = unsafe { sys::fkv_codec_params::defaults(sys::fkv_codec_params_init) };
+        raw.storage_dtype = self.storage_dtype.to_raw();
+        raw.group = int32("group", self.group)?;
+        raw.block = int32("block", self.block)?;
+        raw.n_sink = int32("n_sink", self.n_sink)?;
+        raw.n_local = int32("n_local", self.n_local)?;
+        raw.domain = self.domain.to_raw();
+        raw.spectral_bins = int32("spectral_bins", self.spectral_bins)?;
         Ok(raw)
     }
 }

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::cache::CacheId;
 use crate::convert::{int32, Struct};
-use crate::{sys, Cache, Context, Error, Result, Sequence, Status, TensorMut, TensorRef};
+use crate::{
+    sys, Cache, Context, Error, Result, SelectParams, Selection, Sequence, Status, TensorMut,
+    TensorRef,
+};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -118,6 +121,43 @@ impl Plan {
         // SAFETY: a living handle; the arrays have the lengths stated and live through the call.
         let status = unsafe { sys::fkv_plan_update(self.as_raw(), &raw) };
         self.context.check(status)
+    }
+
+    /// Attends within a finite scope from the next [`Plan::update`] on, or, with None, to everything again.
+    /// The cache must have a calibrated profile with unrotated keys.
+    /// Errors: Invalid, Unsupported (another profile).
+    pub fn select(&mut self, params: Option<&SelectParams>) -> Result<()> {
+        let raw = params.map(SelectParams::to_raw);
+        let pointer = raw.as_ref().map_or(std::ptr::null(), |raw| raw as *const _);
+        // SAFETY: a living handle; the struct, if any, lives through the call.
+        let status = unsafe { sys::fkv_plan_select(self.as_raw(), pointer) };
+        self.context.check(status)
+    }
+
+    /// What the last queries of a sequence (`index` in the batch) saw in the last attention.
+    /// Errors: Invalid (index), State (no attention with selection since the last update).
+    pub fn selection(&self, index: usize) -> Result<Selection> {
+        let index = int32("index", index)?;
+        let mut raw = sys::fkv_selection::empty();
+        let mut ends = Vec::new();
+        loop {
+            // SAFETY: a living handle, a struct that states its size, and room for the count stated.
+            let status = unsafe {
+                sys::fkv_plan_selection(
+                    self.as_raw(),
+                    index,
+                    &mut raw,
+                    ends.as_mut_ptr(),
+                    ends.len(),
+                )
+            };
+            if status == sys::FKV_ERR_BUFFER && ends.len() < 2 * raw.spans as usize {
+                ends = vec![0i64; 2 * raw.spans as usize];
+                continue;
+            }
+            self.context.check(status)?;
+            return Ok(Selection::from_raw(&raw, &ends));
+        }
     }
 
     /// Stores the step's new tokens of one layer: `k` and `v` `[tokens, Hk, D]`, before RoPE.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::convert::{c_string, count, int32, int64, Struct};
 use crate::{
-    sys, Channel, Coding, Context, Dtype, Error, FourierParams, ModelParams, Outgrow, Part,
-    Restoration, Result, RopeLayout, Stats, Status,
+    sys, Channel, CodecParams, Coding, Context, Domain, Dtype, Error, FourierParams, ModelParams,
+    Outgrow, Part, Restoration, Result, RopeLayout, Stats, Status,
 };
 use std::ffi::CString;
 use std::fmt;
@@ -14,7 +14,7 @@ use std::ptr::NonNull;
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ProfileInfo {
-    /// Exact or Fourier.
+    /// Exact, Fourier or calibrated.
     pub coding: Coding,
     /// Number of layers.
     pub n_layers: usize,
@@ -52,6 +52,16 @@ pub struct ProfileInfo {
     pub v_fourier_channels: usize,
     /// Scale on q . k.
     pub softmax_scale: f64,
+    /// Tokens of a group; 0 unless calibrated.
+    pub group: usize,
+    /// Tokens of a block; 0 unless calibrated.
+    pub block: usize,
+    /// Whether keys are held rotated.
+    pub domain: Domain,
+    /// Bits that an element of K takes in a block, scales included: the mean over all channels.
+    pub k_bits: f64,
+    /// The same of V.
+    pub v_bits: f64,
 }
 
 /// A model's geometry and how each channel is held. Immutable.
@@ -117,6 +127,71 @@ impl Profile {
                 k_mask.as_ptr().cast(),
                 v_mask.as_ptr().cast(),
                 k_mask.len(),
+                out,
+            )
+        })
+    }
+
+    /// A calibrated profile. `k_bits` and `v_bits` are `[n_layers, Hk, D]`, anything but Fourier; the
+    /// carriers, of the same shape or empty for zeros, are the means of K before RoPE and of V.
+    /// Errors: Invalid, Unsupported, NoMemory, Limit.
+    pub fn coded(
+        context: &Context,
+        model: &ModelParams,
+        codec: &CodecParams,
+        bits: [&[Channel]; 2],
+        carriers: [&[f32]; 2],
+    ) -> Result<Self> {
+        if bits[0].len() != bits[1].len() {
+            return Err(Error::invalid("bits: K and V differ in length"));
+        }
+        let carrier_count = carriers[0].len().max(carriers[1].len());
+        if carriers
+            .iter()
+            .any(|c| ![0, carrier_count].contains(&c.len()))
+        {
+            return Err(Error::invalid("carriers: K and V differ in length"));
+        }
+        let (model, codec) = (model.raw()?, codec.raw()?);
+        let codes = bits.map(|part| part.iter().map(|c| c.to_raw() as u8).collect::<Vec<_>>());
+        let carriers = carriers.map(|part| match part {
+            [] => std::ptr::null(),
+            part => part.as_ptr(),
+        });
+        // SAFETY: a living handle; structs and arrays live through the call, which copies them, and have
+        // the sizes that are passed, or are NULL.
+        Profile::create(context, |out| unsafe {
+            sys::fkv_profile_create_coded(
+                context.as_raw(),
+                model.as_ptr(),
+                &codec,
+                codes[0].as_ptr(),
+                codes[1].as_ptr(),
+                codes[0].len(),
+                carriers[0],
+                carriers[1],
+                carrier_count,
+                out,
+            )
+        })
+    }
+
+    /// A calibrated profile without carriers in which every channel is held the same way: to compare with.
+    /// Errors: Invalid, Unsupported, NoMemory, Limit.
+    pub fn uniform(
+        context: &Context,
+        model: &ModelParams,
+        codec: &CodecParams,
+        bits: Channel,
+    ) -> Result<Self> {
+        let (model, codec) = (model.raw()?, codec.raw()?);
+        // SAFETY: a living handle; the structs live through the call, which copies them.
+        Profile::create(context, |out| unsafe {
+            sys::fkv_profile_create_uniform(
+                context.as_raw(),
+                model.as_ptr(),
+                &codec,
+                bits.to_raw(),
                 out,
             )
         })
@@ -222,6 +297,11 @@ impl Profile {
             k_fourier_channels: count(raw.k_fourier_channels),
             v_fourier_channels: count(raw.v_fourier_channels),
             softmax_scale: raw.softmax_scale,
+            group: count(raw.group.into()),
+            block: count(raw.block.into()),
+            domain: Domain::from_raw(raw.domain),
+            k_bits: raw.k_bits,
+            v_bits: raw.v_bits,
         })
     }
 
@@ -244,6 +324,33 @@ impl Profile {
             .into_iter()
             .map(|code| Channel::from_raw(code.into()))
             .collect())
+    }
+
+    /// The carriers of a layer's K or V, `[Hk, D]`; zeros unless the profile is calibrated.
+    /// Errors: Invalid (layer, part).
+    pub fn carriers(&self, layer: usize, part: Part) -> Result<Vec<f32>> {
+        let layer = int32("layer", layer)?;
+        let info = self.info()?;
+        let mut values = vec![0f32; info.n_kv_heads * info.head_dim];
+        // SAFETY: a living handle, and a buffer of the stated size.
+        self.context.check(unsafe {
+            sys::fkv_profile_carriers(
+                self.as_raw(),
+                layer,
+                part.to_raw(),
+                values.as_mut_ptr(),
+                values.len(),
+            )
+        })?;
+        Ok(values)
+    }
+
+    /// Whether the profile is of this model. Errors: Mismatch, which names the field.
+    pub fn match_model(&self, model: &ModelParams) -> Result<()> {
+        let model = model.raw()?;
+        // SAFETY: a living handle; `model` lives through the call.
+        let status = unsafe { sys::fkv_profile_match(self.as_raw(), model.as_ptr()) };
+        self.context.check(status)
     }
 
     /// What [`Cache::stats`](crate::Cache::stats) will say of a cache with one sequence of `tokens` tokens

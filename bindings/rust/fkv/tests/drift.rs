@@ -10,6 +10,7 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("free", "see alloc"),
     ("alloc_user", "see alloc"),
     ("reserved", "zero"),
+    ("reserved2", "zero"),
     ("device", "a slice is in the memory of the host, 0"),
     ("device_id", "see device"),
     ("FKV_DEVICE_CPU", "see device"),

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The calibrated coding, and selection on unrotated keys.
+mod common;
+use common::*;
+use fkv::*;
+
+const D: usize = 16;
+const TOKENS: usize = 300;
+
+fn codec(domain: Domain) -> CodecParams {
+    let mut codec = CodecParams::default();
+    codec.storage_dtype = Dtype::F32;
+    codec.group = 64;
+    codec.block = 64;
+    codec.n_local = 16;
+    codec.domain = domain;
+    codec
+}
+
+/// A cache of one layer and head that holds TOKENS random tokens: (cache, sequence, plan, v).
+fn filled(context: &Context, profile: &Profile) -> (Cache, Sequence, Plan, Vec<f32>) {
+    let mut cache = Cache::new(context, profile).unwrap();
+    let sequence = cache.create_sequence().unwrap();
+    let mut plan = Plan::new(&cache).unwrap();
+    let mut numbers = Numbers::new(5);
+    let (k, v) = (numbers.take(TOKENS * D), numbers.take(TOKENS * D));
+    let mut batch = Batch::new();
+    batch.push(&sequence, TOKENS);
+    plan.update(&cache, &batch).unwrap();
+    let shape = [TOKENS, 1, D];
+    plan.append(
+        &mut cache,
+        0,
+        &TensorRef::new(&k, &shape).unwrap(),
+        &TensorRef::new(&v, &shape).unwrap(),
+    )
+    .unwrap();
+    (cache, sequence, plan, v)
+}
+
+#[test]
+fn bits_and_carriers_are_what_was_given() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let k: Vec<_> = (0..D)
+        .map(|d| [Channel::Carrier, Channel::Bits4][d % 2])
+        .collect();
+    let v = vec![Channel::Bits2; D];
+    let mu: Vec<f32> = (0..D).map(|d| d as f32).collect();
+    let rotated = codec(Domain::Rotated);
+    let profile = Profile::coded(&context, &model, &rotated, [&k, &v], [&mu, &[]]).unwrap();
+    assert_eq!(profile.channels(0, Part::K).unwrap(), k);
+    assert_eq!(profile.carriers(0, Part::K).unwrap(), mu);
+    assert_eq!(profile.carriers(0, Part::V).unwrap(), vec![0.0; D]);
+    let info = profile.info().unwrap();
+    assert_eq!(
+        (info.coding, info.group, info.block),
+        (Coding::Calibrated, 64, 64)
+    );
+    assert!(info.k_bits > 2.0 && info.domain == Domain::Rotated);
+    profile.match_model(&model).unwrap();
+    let error = profile
+        .match_model(&ModelParams::new(2, 1, 1, D))
+        .unwrap_err();
+    assert_eq!(error.status(), Status::Mismatch);
+    let fourier = vec![Channel::Fourier; D];
+    let error = Profile::coded(&context, &model, &rotated, [&fourier, &v], [&[], &[]]).unwrap_err();
+    assert_eq!(error.status(), Status::Invalid);
+    assert!(Profile::coded(&context, &model, &rotated, [&k, &v], [&mu, &mu[1..]]).is_err());
+}
+
+#[test]
+fn more_bits_take_more_bytes_and_are_nearer() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let (mut bytes, mut error) = (0, f32::INFINITY);
+    for bits in [
+        Channel::Bits2,
+        Channel::Bits3,
+        Channel::Bits4,
+        Channel::Bits8,
+    ] {
+        let profile = Profile::uniform(&context, &model, &codec(Domain::Rotated), bits).unwrap();
+        let (cache, sequence, _, v) = filled(&context, &profile);
+        let stats = cache.stats().unwrap();
+        assert!(stats.bytes_blocks > bytes && stats.bytes_scales > 0);
+        assert_eq!(stats, profile.estimate(TOKENS, 0).unwrap());
+        let mut held = vec![0f32; TOKENS * D];
+        let mut view = TensorMut::new(&mut held, &[TOKENS, 1, D]).unwrap();
+        cache
+            .read(&sequence, 0, 0..TOKENS, None, Some(&mut view))
+            .unwrap();
+        let worst = held
+            .iter()
+            .zip(&v)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        assert!(worst > 0.0 && worst < error);
+        bytes = stats.bytes_blocks;
+        error = worst;
+    }
+}
+
+#[test]
+fn selection_sees_a_finite_view() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let profile =
+        Profile::uniform(&context, &model, &codec(Domain::Unrotated), Channel::Exact).unwrap();
+    let (mut cache, sequence, mut plan, _) = filled(&context, &profile);
+    let params = SelectParams {
+        n_global: 4,
+        n_local: 16,
+        span: 4,
+        top_k: 2,
+        clip: 3,
+        chunk: 8,
+    };
+    plan.select(Some(&params)).unwrap();
+    assert_eq!(plan.selection(0).unwrap_err().status(), Status::State);
+    let one = Numbers::new(9).take(D);
+    let mut out = vec![0f32; D];
+    let mut batch = Batch::new();
+    batch.push(&sequence, 1);
+    plan.update(&cache, &batch).unwrap();
+    let token = TensorRef::new(&one, &[1, 1, D]).unwrap();
+    plan.append_attend(
+        &mut cache,
+        0,
+        &token,
+        &token,
+        &token,
+        &mut TensorMut::new(&mut out, &[1, 1, D]).unwrap(),
+        None,
+    )
+    .unwrap();
+    let seen = plan.selection(0).unwrap();
+    assert_eq!(
+        (seen.layer, seen.tokens, seen.middle.clone()),
+        (0, TOKENS + 1, 4..TOKENS - 15)
+    );
+    assert!(!seen.spans.is_empty() && seen.view <= 4 + 12 + 16);
+    assert!(seen
+        .spans
+        .iter()
+        .all(|s| s.start >= seen.middle.start && s.end <= seen.middle.end));
+    plan.select(None).unwrap();
+    let defaults = SelectParams::default();
+    assert!(defaults.n_local > 0 && defaults.top_k as usize <= MAX_TOP_K);
+    assert!((defaults.n_local as usize) < MAX_SCOPE);
+}
+
+#[test]
+fn rotated_keys_cannot_be_selected() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let profile = Profile::exact(&context, &model, Dtype::F32).unwrap();
+    let cache = Cache::new(&context, &profile).unwrap();
+    let error = Plan::new(&cache)
+        .unwrap()
+        .select(Some(&SelectParams::default()))
+        .unwrap_err();
+    assert_eq!(error.status(), Status::Unsupported);
+}
