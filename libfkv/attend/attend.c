@@ -200,10 +200,22 @@ static const char *chunk_page(const struct fkv_chunk_job *c, int tile) {
 static const void *panel(const struct fkv_chunk_job *c, int tile, fkv_part part) {
     const struct fkv_profile_object *p = c->job->profile;
     const int head = c->u->head + c->h;
-    size_t at = fkv_exact_offset(p, head, part);
+    size_t at = fkv_page_offset(p, c->chunk.kind == FKV_CHUNK_SINK, head, part);
     if (c->chunk.kind == FKV_CHUNK_CODED)
         at = c->job->plan->cache->layouts[c->job->layer].heads[head].kept[part];
     return fkv_element(chunk_page(c, tile), p->storage_dtype, at);
+}
+
+const void *fkv_sink_tile(const struct fkv_chunk_job *c) {
+    const struct fkv_profile_object *p = c->job->profile;
+    const size_t room = (size_t)fkv_page_room(p, true), D = (size_t)p->model.head_dim;
+    const char *from = panel(c, 0, FKV_PART_K);
+    memset(c->tile, 0, D * FKV_TILE * sizeof *c->tile);
+    for (size_t d = 0; d < D; d++)
+        memcpy(fkv_element(c->tile, p->storage_dtype, d * FKV_TILE),
+               fkv_element(from, p->storage_dtype, d * room),
+               room * fkv_dtype_size(p->storage_dtype));
+    return c->tile;
 }
 
 /* The panel that will be read after this one: keys of all tiles, then values of all tiles. */
@@ -230,7 +242,9 @@ static void score_tile(struct fkv_chunk_job *c, int tile) {
     }
     const fkv_scores_fn scores = job->kernels->scores[fkv_store_of(p->storage_dtype)];
     const ptrdiff_t first = (ptrdiff_t)c->h * u->rows;
-    const void *keys = panel(c, tile, FKV_PART_K), *next = next_panel(c, tile, FKV_PART_K);
+    const bool sinks = c->chunk.kind == FKV_CHUNK_SINK;
+    const void *keys = sinks ? fkv_sink_tile(c) : panel(c, tile, FKV_PART_K);
+    const void *next = sinks ? NULL : next_panel(c, tile, FKV_PART_K);
     float *s = c->scores + tile * FKV_TILE;
     if (c->chunk.kind != FKV_CHUNK_CODED) {
         scores(s, FKV_CHUNK_TOKENS, u->q + first * u->dim_stride, u->dim_stride, keys,
@@ -304,8 +318,9 @@ static bool attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, in
     c.chunk = fkv_chunk_at(job->profile, u->row->seq->period, l->tokens, l->n_coded, index);
     c.scores = w->scratches + thread * w->scratch;
     c.kept = c.scores + FKV_UNIT_ROWS * FKV_CHUNK_TOKENS;
+    c.tile = c.kept + FKV_UNIT_ROWS * u->dim_stride;
     if (job->profile->coding == FKV_CODING_CALIBRATED)
-        fkv_coded_scratch(&c, c.kept + FKV_UNIT_ROWS * u->dim_stride);
+        fkv_coded_scratch(&c, c.tile + FKV_TILE * u->dim_stride);
     find_visible(&c);
     for (int tile = 0; tile * FKV_TILE < c.most; tile++)
         score_tile(&c, tile);

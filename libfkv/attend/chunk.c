@@ -74,10 +74,11 @@ int64_t fkv_state_floats(const struct fkv_profile_object *p, int64_t grid) {
 }
 
 int64_t fkv_attend_scratch(const struct fkv_profile_object *p, const struct fkv_seq *seq) {
-    int64_t chunk = FKV_UNIT_ROWS * (FKV_CHUNK_TOKENS + fkv_round16(p->model.head_dim)) + 64;
+    int64_t chunk = FKV_UNIT_ROWS * (FKV_CHUNK_TOKENS + fkv_round16(p->model.head_dim)) +
+                    FKV_TILE * fkv_round16(p->model.head_dim) + 64;
     if (p->coding == FKV_CODING_CALIBRATED) {
         const int64_t weights = fkv_weight_stride(p), dim = fkv_round16(p->model.head_dim);
-        chunk += FKV_UNIT_ROWS * (dim + 1 + weights) + weights * (1 + FKV_TILE) + dim * FKV_TILE;
+        chunk += FKV_UNIT_ROWS * (dim + 1 + weights) + weights * (1 + FKV_TILE);
         return fkv_max64(chunk, fkv_block_scratch(p));
     }
     if (!seq->shared)

@@ -67,8 +67,7 @@ void fkv_coded_scratch(struct fkv_chunk_job *c, float *floats) {
     c->turned = c->folded + FKV_UNIT_ROWS * (ptrdiff_t)u->dim_stride;
     c->turn = c->turned + FKV_UNIT_ROWS * (ptrdiff_t)u->weight_stride;
     c->waves = c->turn + u->weight_stride;
-    c->tile = c->waves + FKV_TILE * (ptrdiff_t)u->weight_stride;
-    c->base = c->tile + FKV_TILE * (ptrdiff_t)u->dim_stride;
+    c->base = c->waves + FKV_TILE * (ptrdiff_t)u->weight_stride;
 }
 
 /* ---- a tile's place in its block */
@@ -132,7 +131,8 @@ static const int32_t *positions_of(const struct fkv_chunk_job *c, int tile, int3
     const struct fkv_layer *l = fkv_layer_of(c->job, c->u);
     const int64_t at = c->chunk.tile + tile;
     if (c->chunk.kind != FKV_CHUNK_CODED)
-        return fkv_page_positions(p, c->chunk.kind == FKV_CHUNK_SINK ? l->sink : l->tiles[at]);
+        return c->chunk.kind == FKV_CHUNK_SINK ? fkv_page_positions(p, true, l->sink)
+                                               : fkv_page_positions(p, false, l->tiles[at]);
     const struct fkv_block_head *head =
         fkv_block_head(&c->job->plan->cache->layouts[c->job->layer].block, fkv_block_of(p, l, at));
     const int64_t first = at % fkv_tiles_per_block(p) * FKV_TILE;
@@ -203,11 +203,22 @@ static void score_rotated(struct fkv_chunk_job *c, int tile) {
 static void load_exact(const struct fkv_chunk_job *c, int tile, float *x) {
     const struct fkv_profile_object *p = c->job->profile;
     const struct fkv_layer *l = fkv_layer_of(c->job, c->u);
-    const void *page = c->chunk.kind == FKV_CHUNK_SINK ? l->sink : l->tiles[c->chunk.tile + tile];
-    const void *keys =
-        fkv_element(page, p->storage_dtype, fkv_exact_offset(p, c->u->head + c->h, FKV_PART_K));
-    c->job->kernels->widen[fkv_store_of(p->storage_dtype)](x, keys,
-                                                           (size_t)p->model.head_dim * FKV_TILE);
+    const enum fkv_store store = fkv_store_of(p->storage_dtype);
+    const size_t D = (size_t)p->model.head_dim;
+    if (c->chunk.kind != FKV_CHUNK_SINK) {
+        const void *keys = fkv_element(l->tiles[c->chunk.tile + tile], p->storage_dtype,
+                                       fkv_exact_offset(p, c->u->head + c->h, FKV_PART_K));
+        c->job->kernels->widen[store](x, keys, D * FKV_TILE);
+        return;
+    }
+    /* in place, the last rows first: what a row becomes lies at or behind all that is still to be read */
+    const char *keys = fkv_sink_tile(c);
+    for (size_t d = D; d-- > 0;) {
+        float row[FKV_TILE];
+        c->job->kernels->widen[store](row, fkv_element(keys, p->storage_dtype, d * FKV_TILE),
+                                      FKV_TILE);
+        memcpy(x + d * FKV_TILE, row, sizeof row);
+    }
 }
 
 /* x[d][t] := carrier + residual of a coded tile */

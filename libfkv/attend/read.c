@@ -13,11 +13,13 @@ struct reader {
     double *rows;   /* weighted coefficients of a head's channels, [coded][bins] pairs */
 };
 
-static float exact_value(const struct reader *r, const void *page, int head, int64_t at, int d) {
+/* Token `at` of an exact body tile or, tile -1, of the sinks. */
+static float exact_value(const struct reader *r, int64_t tile, int head, int64_t at, int d) {
     const struct fkv_profile_object *p = r->cache->profile;
     const size_t D = (size_t)p->model.head_dim, t = (size_t)at, c = (size_t)d;
-    size_t index = fkv_exact_offset(p, head, r->part);
-    index += r->part == FKV_PART_K ? c * FKV_TILE + t : t * D + c;
+    const void *page = tile < 0 ? r->layer->sink : r->layer->tiles[tile];
+    size_t index = fkv_page_offset(p, tile < 0, head, r->part);
+    index += r->part == FKV_PART_K ? c * (size_t)fkv_page_room(p, tile < 0) + t : t * D + c;
     return fkv_load_element(fkv_element(page, p->storage_dtype, index), p->storage_dtype);
 }
 
@@ -118,7 +120,7 @@ static int64_t position_of(const struct reader *r, int64_t tile, int at) {
     const struct fkv_profile_object *p = r->cache->profile;
     const struct fkv_layer *l = r->layer;
     if (tile < 0 || tile >= l->n_coded)
-        return fkv_page_positions(p, tile < 0 ? l->sink : l->tiles[tile])[at];
+        return fkv_page_positions(p, tile < 0, tile < 0 ? l->sink : l->tiles[tile])[at];
     const struct fkv_block_head *head =
         fkv_block_head(&r->cache->layouts[r->layer_index].block, fkv_block_of(p, l, tile));
     const int64_t in_block = tile % fkv_tiles_per_block(p) * FKV_TILE + at;
@@ -158,9 +160,8 @@ static void calibrated_head(const struct reader *r, int head, int64_t tile, int 
         for (int i = 0; i < c->count[FKV_WIDTH_EXACT]; i++)
             value[c->list[i]] = exact[c->list[i]];
     } else {
-        const void *page = tile < 0 ? r->layer->sink : r->layer->tiles[tile];
         for (int d = 0; d < D; d++)
-            value[d] = (double)exact_value(r, page, head, at, d);
+            value[d] = (double)exact_value(r, tile, head, at, d);
     }
     if (unrotated)
         rotate(r, position_of(r, tile, at), value);
@@ -196,9 +197,9 @@ static void read_head(const struct reader *r, int head, int64_t first, int64_t c
             loaded = segment;
             coded_head(r, head, tile, body % FKV_TILE, x);
         } else {
-            const void *page = body < 0 ? r->layer->sink : r->layer->tiles[tile];
+            const int64_t at = body < 0 ? first + i : body % FKV_TILE;
             for (int d = 0; d < p->model.head_dim; d++)
-                x[d] = exact_value(r, page, head, body < 0 ? first + i : body % FKV_TILE, d);
+                x[d] = exact_value(r, body < 0 ? -1 : tile, head, at, d);
         }
         char *row = out->data + i * out->token_stride + head * out->head_stride;
         for (int d = 0; d < p->model.head_dim; d++)

@@ -26,7 +26,7 @@ static int64_t row_shift(const struct fkv_plan_object *next, const struct fkv_ro
     if (l->n_coded)
         return l->shift;
     if (row->base > sinks)
-        return fkv_page_positions(p, l->tiles[0])[0] - sinks;
+        return fkv_page_positions(p, false, l->tiles[0])[0] - sinks;
     return next->positions[row->offset + sinks - row->base] - sinks;
 }
 

@@ -51,15 +51,18 @@ struct fkv_chunk_job {
     int most;
     float *scores; /* [rows][FKV_CHUNK_TOKENS] */
     float *kept;   /* [rows][dim]: output of the kept, or exact and quantised, channels */
+    float *tile;   /* [D][64]: sinks as a tile, in the storage type; unrotated keys turned */
     /* calibrated: */
     float *folded; /* [rows][dim]: q * scale of the quantised channels */
     float *base;   /* [rows] */
     float *turned; /* [rows][weight_stride] */
     float *turn;   /* a tile's own, [2 * half] */
     float *waves;  /* [2 * half][64] */
-    float *tile;   /* [D][64] */
     int64_t group; /* whose scales are folded in; -1: none */
 };
+
+/* Keys of the sinks, of the chunk's head, as a tile in c->tile. */
+const void *fkv_sink_tile(const struct fkv_chunk_job *c);
 
 /* coded.c: what calibrated profiles do otherwise. A query, once rotated and scaled: its channels in the order of
  * the blocks, and its weights on the carriers' waves. */

@@ -79,7 +79,7 @@ static int32_t position_of(const struct fkv_cache_object *cache, const struct fk
     const int64_t token = fkv_sinks(cache->profile) + i;
     if (token >= l->tokens)
         return step[token - l->tokens];
-    return fkv_page_positions(cache->profile, l->tiles[i / FKV_TILE])[i % FKV_TILE];
+    return fkv_page_positions(cache->profile, false, l->tiles[i / FKV_TILE])[i % FKV_TILE];
 }
 
 void *fkv_block_new(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, int64_t tile,

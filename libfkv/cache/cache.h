@@ -10,6 +10,7 @@
  *
  *   exact page   for each KV head: K [D][64], then V [64][D], elements of the storage type; in calibrated
  *                profiles then the 64 tokens' positions
+ *   sink page    an exact page for so many tokens as there are sinks, rounded up to 4, instead of 64
  *   kept page    for each KV head: K [kept][64], then V [64][kept]
  *   block        of a calibrated profile, one page for several tiles, in the entry of its first one while the
  *                others are NULL: for each KV head the tiles of K and then of V (exact channels as in a kept
@@ -223,6 +224,7 @@ struct fkv_segment_bytes {
     size_t coefficients, tables; /* of its two pages; no coefficients: 0 */
 };
 size_t fkv_exact_page_bytes(const struct fkv_profile_object *profile);
+size_t fkv_sink_page_bytes(const struct fkv_profile_object *profile);
 size_t fkv_kept_page_bytes(const struct fkv_profile_object *profile, int layer);
 struct fkv_segment_bytes fkv_segment_size(const struct fkv_profile_object *profile, int layer,
                                           int stride);
@@ -297,14 +299,24 @@ static inline int64_t fkv_coded_end(const struct fkv_profile_object *p, const st
     return l->n_coded ? fkv_sinks(p) + l->n_coded * FKV_TILE : 0;
 }
 
-/* Page addressing, shared by codec and attention. */
+/* Page addressing, shared by codec and attention. Tokens that an exact page has room for, and elements before a
+ * part of it. */
+static inline int fkv_page_room(const struct fkv_profile_object *p, bool sinks) {
+    return sinks ? (fkv_sinks(p) + 3) / 4 * 4 : FKV_TILE;
+}
+static inline size_t fkv_page_offset(const struct fkv_profile_object *p, bool sinks, int kv_head,
+                                     fkv_part part) {
+    return ((size_t)kv_head * 2 + (size_t)part) * (size_t)p->model.head_dim *
+           (size_t)fkv_page_room(p, sinks);
+}
 static inline size_t fkv_exact_offset(const struct fkv_profile_object *p, int kv_head,
                                       fkv_part part) {
-    return ((size_t)kv_head * 2 + (size_t)part) * (size_t)p->model.head_dim * FKV_TILE;
+    return fkv_page_offset(p, false, kv_head, part);
 }
-/* Positions of an exact page's 64 tokens; in calibrated profiles only. */
-static inline int32_t *fkv_page_positions(const struct fkv_profile_object *p, const void *page) {
-    size_t elements = fkv_exact_offset(p, p->model.n_kv_heads, FKV_PART_K);
+/* Positions of an exact page's tokens; in calibrated profiles only. */
+static inline int32_t *fkv_page_positions(const struct fkv_profile_object *p, bool sinks,
+                                          const void *page) {
+    size_t elements = fkv_page_offset(p, sinks, p->model.n_kv_heads, FKV_PART_K);
     return (int32_t *)(void *)((char *)(uintptr_t)page +
                                elements * (p->storage_dtype == FKV_DTYPE_F32 ? 4 : 2));
 }

@@ -11,11 +11,19 @@ static size_t element_size(fkv_dtype dtype) {
     return dtype == FKV_DTYPE_F32 ? 4 : 2;
 }
 
+static size_t page_bytes(const struct fkv_profile_object *profile, bool sinks) {
+    const size_t elements = fkv_page_offset(profile, sinks, profile->model.n_kv_heads, FKV_PART_K);
+    const size_t positions =
+        profile->coding == FKV_CODING_CALIBRATED ? (size_t)fkv_page_room(profile, sinks) : 0;
+    return elements * element_size(profile->storage_dtype) + positions * sizeof(int32_t) + FKV_PAD;
+}
+
 size_t fkv_exact_page_bytes(const struct fkv_profile_object *profile) {
-    const struct fkv_model *m = &profile->model;
-    return (size_t)m->n_kv_heads * 2 * (size_t)m->head_dim * FKV_TILE *
-               element_size(profile->storage_dtype) +
-           (profile->coding == FKV_CODING_CALIBRATED ? FKV_TILE * sizeof(int32_t) : 0) + FKV_PAD;
+    return page_bytes(profile, false);
+}
+
+size_t fkv_sink_page_bytes(const struct fkv_profile_object *profile) {
+    return page_bytes(profile, true);
 }
 
 static size_t layer_channels(const struct fkv_profile_object *profile, int layer, bool coded) {
@@ -77,6 +85,10 @@ static void drop_exact(struct fkv_cache_object *cache, struct fkv_seq *seq, void
     fkv_page_drop(cache, seq, FKV_CLASS_EXACT, page, fkv_exact_page_bytes(cache->profile));
 }
 
+static void drop_sink(struct fkv_cache_object *cache, struct fkv_seq *seq, void *page) {
+    fkv_page_drop(cache, seq, FKV_CLASS_EXACT, page, fkv_sink_page_bytes(cache->profile));
+}
+
 /* Drops the tiles from `first` on, which are exact. */
 static void drop_tiles(struct fkv_cache_object *cache, struct fkv_seq *seq, struct fkv_layer *l,
                        int64_t first) {
@@ -104,8 +116,8 @@ static bool grow_table(struct fkv_cache_object *cache, struct fkv_seq *seq, stru
 /* Makes the page that the next token goes to, if it is there already, this sequence's own. */
 static bool own_last_page(struct fkv_cache_object *cache, struct fkv_seq *seq,
                           struct fkv_layer *l) {
-    const size_t bytes = fkv_exact_page_bytes(cache->profile);
     const int64_t body = l->tokens - fkv_sinks(cache->profile);
+    const size_t bytes = page_bytes(cache->profile, body < 0);
     void **place = body < 0 ? &l->sink : NULL;
     if (body > 0 && body % FKV_TILE)
         place = &l->tiles[body / FKV_TILE];
@@ -133,7 +145,7 @@ fkv_status fkv_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, i
         return FKV_OK;
     bool room = grow_table(cache, seq, l, fkv_slots_for(tiles)) && own_last_page(cache, seq, l);
     if (room && fkv_sinks(cache->profile) && !l->sink) {
-        l->sink = fkv_page_new(cache, seq, FKV_CLASS_EXACT, bytes);
+        l->sink = fkv_page_new(cache, seq, FKV_CLASS_EXACT, fkv_sink_page_bytes(cache->profile));
         room = l->sink;
     }
     while (room && l->n_tiles < tiles) {
@@ -153,7 +165,7 @@ fkv_status fkv_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, i
 static void shrink(struct fkv_cache_object *cache, struct fkv_seq *seq, struct fkv_layer *l) {
     drop_tiles(cache, seq, l, fkv_body_tiles(cache->profile, l->tokens));
     if (!l->tokens) {
-        drop_exact(cache, seq, l->sink);
+        drop_sink(cache, seq, l->sink);
         l->sink = NULL;
     }
     if (l->old_page) {
@@ -175,7 +187,10 @@ void fkv_layer_grown(struct fkv_cache_object *cache, struct fkv_seq *seq, int la
     struct fkv_layer *l = &seq->layers[layer];
     if (!keep)
         shrink(cache, seq, l);
-    drop_exact(cache, seq, l->old_page);
+    if (l->old_place == &l->sink)
+        drop_sink(cache, seq, l->old_page);
+    else
+        drop_exact(cache, seq, l->old_page);
     if (l->old_slots >= 0)
         fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->old_tiles,
                        (size_t)l->old_slots * sizeof *l->tiles);
@@ -436,7 +451,7 @@ void fkv_layer_free(struct fkv_cache_object *cache, struct fkv_seq *seq, int lay
     free_segment_table(cache, seq, l);
     fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->tiles,
                    (size_t)l->tile_slots * sizeof *l->tiles);
-    drop_exact(cache, seq, l->sink);
+    drop_sink(cache, seq, l->sink);
     *l = (struct fkv_layer){0};
 }
 
@@ -480,7 +495,8 @@ fkv_status fkv_layer_fork(struct fkv_cache_object *cache, const struct fkv_seq *
                           : fkv_page_share(cache, child, FKV_CLASS_EXACT, from->tiles[i], exact);
     for (int64_t i = 0; i < from->n_segments; i++)
         l->segments[i] = share_segment(cache, child, layer, from->segments[i]);
-    l->sink = fkv_page_share(cache, child, FKV_CLASS_EXACT, from->sink, exact);
+    l->sink = fkv_page_share(cache, child, FKV_CLASS_EXACT, from->sink,
+                             fkv_sink_page_bytes(cache->profile));
     l->tokens = from->tokens;
     l->n_coded = from->n_coded;
     l->n_tiles = from->n_tiles;
@@ -494,7 +510,8 @@ uint64_t fkv_layer_shared_bytes(const struct fkv_cache_object *cache, const stru
                                 int layer) {
     const struct fkv_layer *l = &seq->layers[layer];
     const size_t exact = fkv_exact_page_bytes(cache->profile);
-    uint64_t bytes = fkv_page_shared(l->sink, exact) ? exact : 0;
+    const size_t sink = fkv_sink_page_bytes(cache->profile);
+    uint64_t bytes = fkv_page_shared(l->sink, sink) ? sink : 0;
     for (int64_t i = 0; i < l->n_tiles; i++) {
         const size_t size = i < l->n_coded ? coded_bytes(cache, layer, l->tiles[i]) : exact;
         bytes += fkv_page_shared(l->tiles[i], size) ? size : 0;

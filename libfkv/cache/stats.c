@@ -68,8 +68,8 @@ fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t token
                             (long long)period);
     }
     bool has_sink = fkv_sinks(profile) && tokens;
-    a.bytes[FKV_CLASS_EXACT] =
-        layers * (uint64_t)(tiles - coded + has_sink) * fkv_exact_page_bytes(profile);
+    a.bytes[FKV_CLASS_EXACT] = layers * ((uint64_t)(tiles - coded) * fkv_exact_page_bytes(profile) +
+                                         (has_sink ? fkv_sink_page_bytes(profile) : 0));
     *tables += layers * ((uint64_t)fkv_slots_for(tiles) * sizeof(void *) +
                          (uint64_t)segments * sizeof(struct fkv_segment *));
     for (int l = 0; fourier && l < profile->model.n_layers; l++) {

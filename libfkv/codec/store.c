@@ -61,15 +61,16 @@ static void store_piece(void *arg, int64_t item, int thread) {
     const int64_t first = fkv_max64(page_first, job->row->base);
     const int64_t end = fkv_min64(page_end, job->row->base + job->row->n_new);
     char *page = piece ? job->layer->tiles[piece - 1] : job->layer->sink;
-    char *key = fkv_element(page, p->storage_dtype, fkv_exact_offset(p, head, FKV_PART_K));
-    char *value = fkv_element(page, p->storage_dtype, fkv_exact_offset(p, head, FKV_PART_V));
+    const size_t room = (size_t)fkv_page_room(p, !piece);
+    char *key = fkv_element(page, p->storage_dtype, fkv_page_offset(p, !piece, head, FKV_PART_K));
+    char *value = fkv_element(page, p->storage_dtype, fkv_page_offset(p, !piece, head, FKV_PART_V));
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
     const size_t size = fkv_dtype_size(p->storage_dtype);
     const float limit = finite_limit(p);
     const int32_t *positions = job->plan->positions;
     (void)thread;
     for (int64_t t = first; positions && !head && t < end; t++)
-        fkv_page_positions(p, page)[t - page_first] =
+        fkv_page_positions(p, !piece, page)[t - page_first] =
             positions[job->row->offset + t - job->row->base];
     for (int64_t t = first; t < end; t++) {
         const int64_t token = job->row->offset + t - job->row->base, at = t - page_first;
@@ -79,8 +80,7 @@ static void store_piece(void *arg, int64_t item, int thread) {
         bool good = in_range(x, D, limit);
         kernels->narrow[store](narrow, x, (size_t)D);
         for (int d = 0; d < D; d++) /* channel-major */
-            memcpy(key + ((size_t)d * FKV_TILE + (size_t)at) * size, narrow + (size_t)d * size,
-                   size);
+            memcpy(key + ((size_t)d * room + (size_t)at) * size, narrow + (size_t)d * size, size);
         fkv_load_head(kernels, job->v, token, head, D, x);
         good &= in_range(x, D, limit);
         kernels->narrow[store](value + (size_t)at * (size_t)D * size, x, (size_t)D);

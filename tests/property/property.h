@@ -98,6 +98,7 @@ struct world {
     uint8_t *mask[2];  /* [layers][kv_heads][head_dim]: coded, or bits; NULL for an exact profile */
     float *carrier[2]; /* the same shape; NULL unless calibrated */
     int64_t live;      /* bytes the allocator has given out */
+    int first_layer;   /* steps leave out those before it */
 };
 
 void world_open(struct world *w, const struct config *c);
