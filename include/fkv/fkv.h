@@ -749,8 +749,8 @@ typedef struct fkv_allocation_params {
  * the unit of the gradients: with gradients of the sum of all tokens' losses they are per token, and a
  * guide to compare by, not a promise. Since 0.1.
  */
-typedef struct fkv_allocation {
-    /** sizeof(fkv_allocation) as the caller compiled it; no more than this is written. */
+typedef struct fkv_allocation_info {
+    /** sizeof(fkv_allocation_info) as the caller compiled it; no more than this is written. */
     uint32_t struct_size;
     /** Zero. */
     int32_t reserved;
@@ -764,7 +764,7 @@ typedef struct fkv_allocation {
     double ratio;
     /** As asked for. */
     int64_t tokens;
-} fkv_allocation;
+} fkv_allocation_info;
 
 /** Fills *params with the defaults. Errors: INVALID. */
 FKV_API fkv_status fkv_calibrator_params_init(fkv_calibrator_params *params, size_t struct_size);
@@ -860,7 +860,7 @@ FKV_API fkv_status fkv_allocation_params_init(fkv_allocation_params *params, siz
  */
 FKV_API fkv_status fkv_calibrator_allocate(fkv_calibrator *calibrator,
                                            const fkv_allocation_params *params,
-                                           fkv_allocation *report, fkv_profile **out);
+                                           fkv_allocation_info *report, fkv_profile **out);
 /**
  * The same for a caller with losses of their own: k_losses and v_losses are [n_layers, Hk, D], the loss
  * of holding each channel's carrier alone, finite and not negative; losses_count is the number in each.
@@ -873,7 +873,7 @@ FKV_API fkv_status fkv_profile_create_allocated(fkv_context *ctx, const fkv_mode
                                                 const double *k_losses, const double *v_losses,
                                                 size_t losses_count, const float *k_carrier,
                                                 const float *v_carrier, size_t carrier_count,
-                                                fkv_allocation *report, fkv_profile **out);
+                                                fkv_allocation_info *report, fkv_profile **out);
 /** Ends the handle. Errors: HANDLE, BUSY. Since 0.1. */
 FKV_API fkv_status fkv_calibrator_destroy(fkv_calibrator *calibrator);
 

@@ -135,7 +135,7 @@ fkv_status fkv_calibrator_load(fkv_context *handle, const char *data, size_t byt
 
 /* Gives out the profile and the report, both or neither. */
 static fkv_status hand_over(struct fkv_ctx *ctx, struct fkv_profile_object *profile,
-                            const fkv_allocation *filled, fkv_allocation *report,
+                            const fkv_allocation_info *filled, fkv_allocation_info *report,
                             fkv_profile **out) {
     fkv_profile *handle = fkv_handle_create(FKV_KIND_PROFILE, profile);
     fkv_status status = handle ? FKV_OK : fkv_fail(ctx, FKV_ERR_NOMEM, "no memory for a handle");
@@ -151,7 +151,7 @@ static fkv_status hand_over(struct fkv_ctx *ctx, struct fkv_profile_object *prof
 }
 
 fkv_status fkv_calibrator_allocate(fkv_calibrator *calibrator, const fkv_allocation_params *params,
-                                   fkv_allocation *report, fkv_profile **out) {
+                                   fkv_allocation_info *report, fkv_profile **out) {
     struct fkv_calibrator_object *cal;
     if (out)
         *out = NULL;
@@ -159,7 +159,7 @@ fkv_status fkv_calibrator_allocate(fkv_calibrator *calibrator, const fkv_allocat
     if (status)
         return status;
     fkv_allocation_params own;
-    fkv_allocation filled;
+    fkv_allocation_info filled;
     struct fkv_profile_object *profile;
     status = out ? fkv_allocation_read(cal->ctx, &cal->model, params, &own)
                  : fkv_fail(cal->ctx, FKV_ERR_INVALID, "out is NULL");
@@ -209,12 +209,12 @@ static void interleave(const struct fkv_model *m, const struct given *g, double 
 
 static fkv_status allocate(struct fkv_ctx *ctx, const struct fkv_model *model,
                            const fkv_codec_params *codec, const fkv_allocation_params *params,
-                           const struct given *g, fkv_allocation *report, fkv_profile **out) {
+                           const struct given *g, fkv_allocation_info *report, fkv_profile **out) {
     const size_t n = (size_t)model->n_layers * (size_t)model->n_kv_heads * (size_t)model->head_dim;
     struct fkv_allotment a = {
         .ctx = ctx, .model = model, .k_carrier = g->carriers[0], .v_carrier = g->carriers[1]};
     fkv_allocation_params own;
-    fkv_allocation filled;
+    fkv_allocation_info filled;
     struct fkv_profile_object *profile;
     fkv_status status = fkv_codec_read(ctx, codec, &a.codec);
     if (!status)
@@ -238,7 +238,7 @@ fkv_status fkv_profile_create_allocated(fkv_context *handle, const fkv_model_par
                                         const fkv_allocation_params *params, const double *k_losses,
                                         const double *v_losses, size_t losses_count,
                                         const float *k_carrier, const float *v_carrier,
-                                        size_t carrier_count, fkv_allocation *report,
+                                        size_t carrier_count, fkv_allocation_info *report,
                                         fkv_profile **out) {
     if (!out)
         return FKV_ERR_INVALID;

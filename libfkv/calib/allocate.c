@@ -283,7 +283,7 @@ static fkv_status find_loss(struct work *w, size_t *count) {
 /* ---- all together */
 
 static fkv_status fill_report(struct work *w, struct fkv_profile_object *profile,
-                              fkv_allocation *report) {
+                              fkv_allocation_info *report) {
     fkv_stats stats = {.struct_size = sizeof stats};
     fkv_status status = fkv_profile_predict(profile, w->params->tokens, 0, &stats);
     if (status)
@@ -291,7 +291,7 @@ static fkv_status fill_report(struct work *w, struct fkv_profile_object *profile
     double carriers = 0;
     for (size_t c = 0; c < w->channels; c++)
         carriers += loss_of(w, c);
-    *report = (fkv_allocation){
+    *report = (fkv_allocation_info){
         .struct_size = sizeof *report,
         .predicted_loss = predicted_loss(w),
         .carrier_loss = carriers,
@@ -303,7 +303,8 @@ static fkv_status fill_report(struct work *w, struct fkv_profile_object *profile
     return FKV_OK;
 }
 
-static fkv_status solve(struct work *w, fkv_allocation *report, struct fkv_profile_object **out) {
+static fkv_status solve(struct work *w, fkv_allocation_info *report,
+                        struct fkv_profile_object **out) {
     size_t count = 0;
     make_hull(w);
     make_steps(w);
@@ -321,7 +322,7 @@ static fkv_status solve(struct work *w, fkv_allocation *report, struct fkv_profi
 }
 
 fkv_status fkv_allocate(const struct fkv_allotment *allotment, const fkv_allocation_params *params,
-                        fkv_allocation *report, struct fkv_profile_object **out) {
+                        fkv_allocation_info *report, struct fkv_profile_object **out) {
     struct fkv_heap *heap = &allotment->ctx->heap;
     const struct fkv_model *m = allotment->model;
     struct work w = {.a = allotment, .params = params};

@@ -19,6 +19,6 @@ fkv_status fkv_allocation_read(struct fkv_ctx *ctx, const struct fkv_model *mode
                                const fkv_allocation_params *params, fkv_allocation_params *own);
 /* `params` from fkv_allocation_read(). report: may be NULL; all fields but struct_size are set. */
 fkv_status fkv_allocate(const struct fkv_allotment *allotment, const fkv_allocation_params *params,
-                        fkv_allocation *report, struct fkv_profile_object **out);
+                        fkv_allocation_info *report, struct fkv_profile_object **out);
 
 #endif /* FKV_CALIB_ALLOCATE_H */

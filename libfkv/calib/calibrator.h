@@ -57,7 +57,7 @@ fkv_status fkv_calibrator_profile(struct fkv_calibrator_object *cal, const doubl
                                   const double *v_fraction, struct fkv_profile_object **out);
 /* params from fkv_allocation_read(); report may be NULL. */
 fkv_status fkv_calibrator_allot(struct fkv_calibrator_object *cal,
-                                const fkv_allocation_params *params, fkv_allocation *report,
+                                const fkv_allocation_params *params, fkv_allocation_info *report,
                                 struct fkv_profile_object **out);
 
 #endif /* FKV_CALIB_CALIBRATOR_H */

@@ -107,7 +107,7 @@ fkv_status fkv_calibrator_set_weights(struct fkv_calibrator_object *cal, int lay
 /* ---- allocating */
 
 fkv_status fkv_calibrator_allot(struct fkv_calibrator_object *cal,
-                                const fkv_allocation_params *params, fkv_allocation *report,
+                                const fkv_allocation_params *params, fkv_allocation_info *report,
                                 struct fkv_profile_object **out) {
     struct fkv_heap *heap = &cal->ctx->heap;
     const size_t half = (size_t)cal->model.n_layers * fkv_sensitivity_channels(&cal->model);

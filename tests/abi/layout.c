@@ -129,14 +129,14 @@ FIELD(fkv_allocation_params, levels, 24, 8);
 FIELD(fkv_allocation_params, weights, 32, 8);
 FIELD(fkv_allocation_params, weights_count, 40, 8);
 
-SIZE(fkv_allocation, 48);
-FIELD(fkv_allocation, struct_size, 0, 4);
-FIELD(fkv_allocation, reserved, 4, 4);
-FIELD(fkv_allocation, predicted_loss, 8, 8);
-FIELD(fkv_allocation, carrier_loss, 16, 8);
-FIELD(fkv_allocation, bits, 24, 8);
-FIELD(fkv_allocation, ratio, 32, 8);
-FIELD(fkv_allocation, tokens, 40, 8);
+SIZE(fkv_allocation_info, 48);
+FIELD(fkv_allocation_info, struct_size, 0, 4);
+FIELD(fkv_allocation_info, reserved, 4, 4);
+FIELD(fkv_allocation_info, predicted_loss, 8, 8);
+FIELD(fkv_allocation_info, carrier_loss, 16, 8);
+FIELD(fkv_allocation_info, bits, 24, 8);
+FIELD(fkv_allocation_info, ratio, 32, 8);
+FIELD(fkv_allocation_info, tokens, 40, 8);
 
 SIZE(fkv_cache_params, 24);
 FIELD(fkv_cache_params, struct_size, 0, 4);
