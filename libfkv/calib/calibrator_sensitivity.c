@@ -65,9 +65,6 @@ static fkv_status window_tokens(struct fkv_calibrator_object *cal, const fkv_ten
     if (keys.ndim != 3 || keys.shape[0] < 1)
         return fkv_fail(cal->ctx, FKV_ERR_INVALID, "k must be [tokens, %d, %d] of at least a token",
                         cal->model.n_kv_heads, cal->model.head_dim);
-    if ((uint64_t)keys.shape[0] > cal->ctx->max_tokens)
-        return fkv_fail(cal->ctx, FKV_ERR_LIMIT, "a window of %lld tokens; the limit is %llu",
-                        (long long)keys.shape[0], (unsigned long long)cal->ctx->max_tokens);
     *tokens = keys.shape[0];
     return FKV_OK;
 }
@@ -82,6 +79,9 @@ fkv_status fkv_calibrator_add_window(struct fkv_calibrator_object *cal, int laye
     fkv_status status = window_tokens(cal, t->k, &w.tokens);
     if (!status)
         status = fkv_calibrator_tensor(cal, "k", t->k, w.tokens, kv_heads, &w.k);
+    if (!status && (uint64_t)w.tokens > cal->ctx->max_tokens)
+        status = fkv_fail(cal->ctx, FKV_ERR_LIMIT, "a window of %lld tokens; the limit is %llu",
+                          (long long)w.tokens, (unsigned long long)cal->ctx->max_tokens);
     if (!status)
         status = fkv_calibrator_tensor(cal, "v", t->v, w.tokens, kv_heads, &w.v);
     if (!status && t->grad_k)
