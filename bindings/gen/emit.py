@@ -9,7 +9,8 @@ PYTHON_HEAD = f'# SPDX-License-Identifier: Apache-2.0\n# {NOTICE}\n'
 # Names that the rule in class_name() would get wrong.
 CLASS_NAMES = {'fkv_dtype': 'DType'}
 # Fields that state the length of the array in another field of their struct.
-COUNTS = {('fkv_model_params', 'inv_freq'): 'inv_freq_count'}
+COUNTS = {('fkv_model_params', 'inv_freq'): 'inv_freq_count',
+          ('fkv_allocation_params', 'weights'): 'weights_count'}
 # Fields of parameter structs that the wrapper sets itself.
 INTERNAL = {('fkv_context_params', 'message'), ('fkv_context_params', 'message_bytes')}
 

@@ -671,7 +671,13 @@ enum fkv_criterion_code {
     /**
      * As published: mean squared error after the authors' restoration, of keys before RoPE.
      */
-    FKV_CRITERION_PUBLISHED = 1
+    FKV_CRITERION_PUBLISHED = 1,
+    /**
+     * For the calibrated coding (docs/calibration.md): squared gradients of the model's loss times the
+     * variance about the carrier, or a weaker estimate from queries where no gradients are given.
+     * fkv_calibrator_observe_gradients() feeds it, fkv_calibrator_allocate() solves it.
+     */
+    FKV_CRITERION_SENSITIVITY = 2
 };
 
 /** How a calibrator is made. Since 0.1. */
@@ -682,7 +688,87 @@ typedef struct fkv_calibrator_params {
     fkv_criterion criterion;
     /** The coding to calibrate for. A profile solved later has these parameters. NULL: defaults. */
     const fkv_fourier_params *fourier;
+    /** The same for SENSITIVITY, which ignores `fourier`; the others ignore this. NULL: defaults. */
+    const fkv_codec_params *codec;
 } fkv_calibrator_params;
+
+/** One of fkv_statistic_code. */
+typedef int32_t fkv_statistic;
+
+/** What a calibrator of SENSITIVITY knows of each channel. */
+enum fkv_statistic_code {
+    /** Mean over all tokens: the carrier. */
+    FKV_STATISTIC_MEAN = 0,
+    /** Variance about that mean. */
+    FKV_STATISTIC_VARIANCE = 1,
+    /** Mean squared gradient; without gradients, the estimate that stands for it. */
+    FKV_STATISTIC_SENSITIVITY = 2,
+    /** Mean square of the queries that read the channel, before RoPE; 0 for V. */
+    FKV_STATISTIC_QUERY = 3,
+    /**
+     * Share of the variance that each window's own mean and its waves of at least 64 tokens explain:
+     * what spectral coefficients around the carrier could save. White noise has about 1/32.
+     */
+    FKV_STATISTIC_SLOW_SHARE = 4,
+    /** Expected loss of holding the carrier alone: half of sensitivity times variance. */
+    FKV_STATISTIC_LOSS = 5
+};
+
+/** One of fkv_target_code. */
+typedef int32_t fkv_target;
+
+/** What an allocation must reach. */
+enum fkv_target_code {
+    /** At least this ratio, as fkv_profile_estimate() counts it for `tokens` tokens. */
+    FKV_TARGET_RATIO = 0,
+    /** At most these bits per element of the blocks, scales included, over K and V. */
+    FKV_TARGET_BITS = 1,
+    /** At most this predicted loss. */
+    FKV_TARGET_LOSS = 2
+};
+
+/** How bits are given to channels. Only read during the call. Since 0.1. */
+typedef struct fkv_allocation_params {
+    /** sizeof(fkv_allocation_params) as the caller compiled it. */
+    uint32_t struct_size;
+    /** fkv_target_code. Default RATIO. */
+    fkv_target target;
+    /** The target; above 0. Default 12. */
+    double value;
+    /** Tokens of a sequence for which ratios hold. Default 8192. */
+    int64_t tokens;
+    /** Allowed levels: bit b stands for b bits, of 0, 2, 3, 4, 8, 16. Default 0, 2 and 4. */
+    uint64_t levels;
+    /**
+     * Factors on the expected losses, [n_layers, 2]: of K, of V. To correct them by what was measured.
+     * NULL: none.
+     */
+    const double *weights;
+    /** Entries at weights: 2 * n_layers, or 0. */
+    uint64_t weights_count;
+} fkv_allocation_params;
+
+/**
+ * What came of an allocation; the bits of each channel are read with fkv_profile_channels(). Losses are in
+ * the unit of the gradients: with gradients of the sum of all tokens' losses they are per token, and a
+ * guide to compare by, not a promise. Since 0.1.
+ */
+typedef struct fkv_allocation_info {
+    /** sizeof(fkv_allocation_info) as the caller compiled it; no more than this is written. */
+    uint32_t struct_size;
+    /** Zero. */
+    int32_t reserved;
+    /** Predicted loss of the profile. */
+    double predicted_loss;
+    /** Predicted loss with no bits at all. */
+    double carrier_loss;
+    /** Bits per element of the blocks, scales included. */
+    double bits;
+    /** Ratio for `tokens` tokens. */
+    double ratio;
+    /** As asked for. */
+    int64_t tokens;
+} fkv_allocation_info;
 
 /** Fills *params with the defaults. Errors: INVALID. */
 FKV_API fkv_status fkv_calibrator_params_init(fkv_calibrator_params *params, size_t struct_size);
@@ -713,10 +799,85 @@ FKV_API fkv_status fkv_calibrator_errors(fkv_calibrator *calibrator, int32_t lay
  * least error. k_fraction and v_fraction have n_layers entries in [0, 1]; `count` is n_layers. Both NULL
  * (count 0) take the published shares by depth: the first 4/28 of the layers K .90 / V .95, the last
  * 8/28 K .50 / V .70, the others .80 / .80.
- * Errors: HANDLE, INVALID, STATE (a layer was never observed), NOMEM. Since 0.1.
+ * Errors: HANDLE, INVALID, STATE (a layer was never observed), UNSUPPORTED (SENSITIVITY), NOMEM. Since 0.1.
  */
 FKV_API fkv_status fkv_calibrator_solve(fkv_calibrator *calibrator, const double *k_fraction,
                                         const double *v_fraction, size_t count, fkv_profile **out);
+/**
+ * Adds a window of consecutive tokens of one layer to a calibrator of SENSITIVITY; windows come in any
+ * number, length and order. k and v, [tokens, Hk, D], are before RoPE. grad_k and grad_v, of the same shape,
+ * are the gradients of the loss with respect to them, through those queries only that will read the token
+ * coded, that is at least n_local tokens later (docs/calibration.md says why); give both or neither. `q`,
+ * [tokens, Hq, D] before RoPE, may be NULL; without gradients it is what the estimate is made of. Leave
+ * sinks out. The sums are kept in double precision and depend on the order only by its rounding.
+ * fkv_calibrator_observe() is this without gradients.
+ * Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), NONFINITE, NOMEM, LIMIT, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_calibrator_observe_gradients(fkv_calibrator *calibrator, int32_t layer,
+                                                    const fkv_tensor *k, const fkv_tensor *v,
+                                                    const fkv_tensor *grad_k,
+                                                    const fkv_tensor *grad_v, const fkv_tensor *q);
+/**
+ * How much the model's hidden state moves, squared, when a channel of V moves by 1: [Hk, D] doubles, for
+ * instance the sum over the query heads of a group of |W_o[:, d]|^2, by the mean square of the hidden state.
+ * Used where no gradients are given; by default all channels of a layer weigh the same, and all layers.
+ * `count` is Hk * D. Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_calibrator_weigh_values(fkv_calibrator *calibrator, int32_t layer,
+                                               const double *weights, size_t count);
+/**
+ * One statistic of each channel of a layer's K or V, [Hk, D] doubles; `count` is the room at `values`.
+ * Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), STATE (not observed, or without what the
+ * statistic needs), BUFFER, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_calibrator_statistic(fkv_calibrator *calibrator, int32_t layer,
+                                            fkv_part part, fkv_statistic statistic, double *values,
+                                            size_t count);
+/**
+ * Adds all that `other` has seen; `other` stays as it is. Both are of SENSITIVITY and of the same model.
+ * Errors: HANDLE, INVALID (the same calibrator), UNSUPPORTED (another criterion), MISMATCH, NONFINITE,
+ * LIMIT, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_calibrator_merge(fkv_calibrator *calibrator, fkv_calibrator *other);
+/**
+ * Writes the statistics of a calibrator of SENSITIVITY to `buffer` as bytes with a version and a checksum;
+ * *needed gets their number. buffer may be NULL with bytes 0, to ask.
+ * Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), BUFFER, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_calibrator_save(fkv_calibrator *calibrator, char *buffer, size_t bytes,
+                                       size_t *needed);
+/**
+ * Makes a calibrator from what fkv_calibrator_save() wrote. Everything is checked.
+ * Errors: HANDLE, INVALID, NOMEM, LIMIT, FORMAT, VERSION, CHECKSUM. Since 0.1.
+ */
+FKV_API fkv_status fkv_calibrator_load(fkv_context *ctx, const char *data, size_t bytes,
+                                       fkv_calibrator **out);
+/** Fills *params with the defaults. Errors: INVALID. */
+FKV_API fkv_status fkv_allocation_params_init(fkv_allocation_params *params, size_t struct_size);
+/**
+ * Makes a calibrated profile: bits go, over all channels of all layers, K and V together, to where they
+ * avoid most loss, until the target is met. Carriers are the means. `params` may be NULL; *report (set its
+ * struct_size before) may be NULL. Errors: HANDLE, INVALID, STATE (a layer with fewer than two
+ * observations, or with neither gradients nor queries, or gradients in some layers only), UNSUPPORTED (a
+ * target that cannot be met: the message says what can; another criterion), NONFINITE (a mean beyond what
+ * carriers hold), NOMEM, LIMIT, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_calibrator_allocate(fkv_calibrator *calibrator,
+                                           const fkv_allocation_params *params,
+                                           fkv_allocation_info *report, fkv_profile **out);
+/**
+ * The same for a caller with losses of their own: k_losses and v_losses are [n_layers, Hk, D], the loss
+ * of holding each channel's carrier alone, finite and not negative; losses_count is the number in each.
+ * `codec` may be NULL. Carriers as in fkv_profile_create_coded(). On success *out is the caller's.
+ * Errors: HANDLE, INVALID, UNSUPPORTED (target), NOMEM, LIMIT. Since 0.1.
+ */
+FKV_API fkv_status fkv_profile_create_allocated(fkv_context *ctx, const fkv_model_params *model,
+                                                const fkv_codec_params *codec,
+                                                const fkv_allocation_params *params,
+                                                const double *k_losses, const double *v_losses,
+                                                size_t losses_count, const float *k_carrier,
+                                                const float *v_carrier, size_t carrier_count,
+                                                fkv_allocation_info *report, fkv_profile **out);
 /** Ends the handle. Errors: HANDLE, BUSY. Since 0.1. */
 FKV_API fkv_status fkv_calibrator_destroy(fkv_calibrator *calibrator);
 

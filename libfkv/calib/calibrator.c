@@ -52,6 +52,7 @@ void fkv_calibrator_delete(struct fkv_calibrator_object *cal) {
     fkv_heap_free(&ctx->heap, cal->sums, layers * 2 * layer_channels(cal) * sizeof(double));
     fkv_heap_free(&ctx->heap, cal->prompts, layers * sizeof(int64_t));
     fkv_heap_free(&ctx->heap, cal->queries, layers);
+    fkv_sensitivity_free(&cal->sensitivity);
     fkv_model_free(ctx, &cal->model);
     fkv_heap_free(&ctx->heap, cal, sizeof *cal);
     fkv_ctx_unref(ctx);
@@ -77,9 +78,9 @@ static fkv_status check_finite(struct fkv_ctx *ctx, const char *name, const stru
     return FKV_OK;
 }
 
-static fkv_status read_tensor(struct fkv_calibrator_object *cal, const char *name,
-                              const fkv_tensor *tensor, int64_t tokens, int heads,
-                              struct fkv_view *view) {
+fkv_status fkv_calibrator_tensor(struct fkv_calibrator_object *cal, const char *name,
+                                 const fkv_tensor *tensor, int64_t tokens, int heads,
+                                 struct fkv_view *view) {
     int dim = cal->model.head_dim;
     fkv_status status = fkv_tensor_view(cal->ctx, name, tensor, tokens, heads, dim, false, view);
     if (!status)
@@ -161,14 +162,14 @@ fkv_status fkv_calibrator_add(struct fkv_calibrator_object *cal, int layer, cons
     if (!status)
         status = check_query_use(cal, layer, q != NULL);
     if (!status)
-        status = read_tensor(cal, "k", k, tokens, cal->model.n_kv_heads, &k_view);
+        status = fkv_calibrator_tensor(cal, "k", k, tokens, cal->model.n_kv_heads, &k_view);
     if (!status && (uint64_t)tokens > cal->ctx->max_tokens)
         status = fkv_fail(cal->ctx, FKV_ERR_LIMIT, "a prompt of %lld tokens; the limit is %llu",
                           (long long)tokens, (unsigned long long)cal->ctx->max_tokens);
     if (!status)
-        status = read_tensor(cal, "v", v, tokens, cal->model.n_kv_heads, &v_view);
+        status = fkv_calibrator_tensor(cal, "v", v, tokens, cal->model.n_kv_heads, &v_view);
     if (!status && q)
-        status = read_tensor(cal, "q", q, tokens, cal->model.n_q_heads, &q_view);
+        status = fkv_calibrator_tensor(cal, "q", q, tokens, cal->model.n_q_heads, &q_view);
     if (!status)
         status = measure(cal, layer, tokens, &k_view, &v_view, q ? &q_view : NULL);
     return status;

@@ -114,10 +114,29 @@ FIELD(fkv_profile_info, reserved2, 116, 4);
 FIELD(fkv_profile_info, k_bits, 120, 8);
 FIELD(fkv_profile_info, v_bits, 128, 8);
 
-SIZE(fkv_calibrator_params, 16);
+SIZE(fkv_calibrator_params, 24);
 FIELD(fkv_calibrator_params, struct_size, 0, 4);
 FIELD(fkv_calibrator_params, criterion, 4, 4);
 FIELD(fkv_calibrator_params, fourier, 8, 8);
+FIELD(fkv_calibrator_params, codec, 16, 8);
+
+SIZE(fkv_allocation_params, 48);
+FIELD(fkv_allocation_params, struct_size, 0, 4);
+FIELD(fkv_allocation_params, target, 4, 4);
+FIELD(fkv_allocation_params, value, 8, 8);
+FIELD(fkv_allocation_params, tokens, 16, 8);
+FIELD(fkv_allocation_params, levels, 24, 8);
+FIELD(fkv_allocation_params, weights, 32, 8);
+FIELD(fkv_allocation_params, weights_count, 40, 8);
+
+SIZE(fkv_allocation_info, 48);
+FIELD(fkv_allocation_info, struct_size, 0, 4);
+FIELD(fkv_allocation_info, reserved, 4, 4);
+FIELD(fkv_allocation_info, predicted_loss, 8, 8);
+FIELD(fkv_allocation_info, carrier_loss, 16, 8);
+FIELD(fkv_allocation_info, bits, 24, 8);
+FIELD(fkv_allocation_info, ratio, 32, 8);
+FIELD(fkv_allocation_info, tokens, 40, 8);
 
 SIZE(fkv_cache_params, 24);
 FIELD(fkv_cache_params, struct_size, 0, 4);
@@ -226,6 +245,16 @@ VALUE(FKV_DOMAIN_ROTATED, 0);
 VALUE(FKV_DOMAIN_UNROTATED, 1);
 VALUE(FKV_CRITERION_RESIDUAL, 0);
 VALUE(FKV_CRITERION_PUBLISHED, 1);
+VALUE(FKV_CRITERION_SENSITIVITY, 2);
+VALUE(FKV_STATISTIC_MEAN, 0);
+VALUE(FKV_STATISTIC_VARIANCE, 1);
+VALUE(FKV_STATISTIC_SENSITIVITY, 2);
+VALUE(FKV_STATISTIC_QUERY, 3);
+VALUE(FKV_STATISTIC_SLOW_SHARE, 4);
+VALUE(FKV_STATISTIC_LOSS, 5);
+VALUE(FKV_TARGET_RATIO, 0);
+VALUE(FKV_TARGET_BITS, 1);
+VALUE(FKV_TARGET_LOSS, 2);
 
 VALUE(FKV_MAX_TOP_K, 256);
 VALUE(FKV_MAX_SCOPE, 16777216);

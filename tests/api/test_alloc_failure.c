@@ -278,6 +278,45 @@ static fkv_status next_published(struct run *r) {
     return next_calibration(r, FKV_CRITERION_PUBLISHED);
 }
 
+/* Merged, saved, loaded and allocated. */
+static fkv_status next_sensitivity(struct run *r) {
+    static char saved[1 << 15];
+    static size_t bytes;
+    fkv_calibrator_params params;
+    fkv_allocation_params allocation;
+    fkv_calibrator_params_init(&params, sizeof params);
+    fkv_allocation_params_init(&allocation, sizeof allocation);
+    params.criterion = FKV_CRITERION_SENSITIVITY;
+    allocation.value = 5;
+    fkv_calibrator *loaded;
+    fkv_status status;
+    uint8_t codes[32];
+    switch (r->at) {
+    case 0:
+        return fkv_calibrator_create(r->f.ctx, &r->f.model, &params, &r->cal);
+    case 1:
+    case 2:
+    case 3:
+    case 4:
+        return observe(r, r->at % 2, FKV_CRITERION_RESIDUAL);
+    case 5:
+        assert_int_equal(fkv_calibrator_save(r->cal, saved, sizeof saved, &bytes), FKV_OK);
+        status = fkv_calibrator_load(r->f.ctx, saved, bytes, &loaded);
+        if (status)
+            return status;
+        assert_int_equal(fkv_calibrator_merge(r->cal, loaded), FKV_OK);
+        assert_int_equal(fkv_calibrator_save(r->cal, saved, sizeof saved, &bytes), FKV_OK);
+        r->result = fixture_hash(r->result, saved, bytes);
+        return fkv_calibrator_destroy(loaded);
+    case 6:
+        return fkv_calibrator_allocate(r->cal, &allocation, NULL, &r->profile);
+    case 7:
+        return fkv_profile_channels(r->profile, 1, FKV_PART_K, codes, sizeof codes);
+    default:
+        return DONE;
+    }
+}
+
 static void prepare_path(struct run *r) {
     strcpy(r->path, "/tmp/fkv-test-XXXXXX");
     int fd = mkstemp(r->path);
@@ -343,6 +382,7 @@ static const struct scenario scenarios[] = {
     {"sequences", {0}, false, NULL, next_sequence},
     {"calibration", {.threads = 2}, false, NULL, next_residual},
     {"calibration as published", {.threads = 2}, false, NULL, next_published},
+    {"calibration of sensitivities", {.threads = 2}, false, NULL, next_sensitivity},
     {"profile", {0}, false, prepare_path, next_profile},
 };
 

@@ -18,12 +18,13 @@ from ._convert import tensor
 from ._native import ffi as _ffi
 from ._native import lib as _lib
 from ._objects import Context
-from ._types import (Backend, CacheParams, CalibratorParams, Channel, CodecParams, Coding, ContextInfo,
-                     ContextParams, CpuLevel, Criterion, Device, Domain, DType, FourierParams, ModelParams,
-                     Outgrow, Part, ProfileInfo, Restoration, RopeLayout, Selection, SelectParams,
-                     SequenceParams, Stats,
-                     Status)
+from ._types import (AllocationInfo, AllocationParams, Backend, CacheParams, CalibratorParams,
+                     Channel, CodecParams, Coding, ContextInfo, ContextParams, CpuLevel,
+                     Criterion, Device, Domain, DType, FourierParams, ModelParams, Outgrow, Part,
+                     ProfileInfo, Restoration, RopeLayout, Selection, SelectParams,
+                     SequenceParams, Statistic, Stats, Status, Target)
 from .cache import Cache, Plan, Sequence
+from .calibration import calibrate
 from .errors import (BufferTooSmallError, BusyError, ChecksumError, DeviceError, Error, FileError,
                      FormatError, HandleError, InvalidError, LimitError, MismatchError,
                      NoMemoryError, NonFiniteError, StateError, UnsupportedError, VersionError,
@@ -32,14 +33,15 @@ from .models import model_params
 from .profile import Calibrator, Profile
 
 __all__ = [
-    'Backend', 'BufferTooSmallError', 'BusyError', 'Cache', 'CacheParams', 'Calibrator',
-    'CalibratorParams', 'Channel', 'ChecksumError', 'CodecParams', 'Coding', 'Context', 'ContextInfo',
-    'ContextParams', 'CpuLevel', 'Criterion', 'DType', 'Device', 'DeviceError', 'Domain', 'Error',
-    'FileError', 'FormatError', 'FourierParams', 'HandleError', 'InvalidError', 'LimitError',
-    'MismatchError', 'ModelParams', 'NoMemoryError', 'NonFiniteError', 'Outgrow', 'Part', 'Plan',
-    'Profile', 'ProfileInfo', 'Restoration', 'RopeLayout', 'SelectParams', 'Selection', 'Sequence', 'SequenceParams',
-    'StateError', 'Stats', 'Status', 'UnsupportedError', 'VersionError', 'abi_version',
-    'model_params', 'status_string', 'tensor', 'version',
+    'AllocationInfo', 'AllocationParams', 'Backend', 'BufferTooSmallError', 'BusyError', 'Cache',
+    'CacheParams', 'Calibrator', 'CalibratorParams', 'Channel', 'ChecksumError', 'CodecParams',
+    'Coding', 'Context', 'ContextInfo', 'ContextParams', 'CpuLevel', 'Criterion', 'DType',
+    'Device', 'DeviceError', 'Domain', 'Error', 'FileError', 'FormatError', 'FourierParams',
+    'HandleError', 'InvalidError', 'LimitError', 'MismatchError', 'ModelParams', 'NoMemoryError',
+    'NonFiniteError', 'Outgrow', 'Part', 'Plan', 'Profile', 'ProfileInfo', 'Restoration',
+    'RopeLayout', 'SelectParams', 'Selection', 'Sequence', 'SequenceParams', 'StateError', 'Statistic', 'Stats', 'Status',
+    'Target', 'UnsupportedError', 'VersionError', 'abi_version', 'calibrate', 'model_params',
+    'status_string', 'tensor', 'version',
 ]
 
 #: Lets NaN and infinity pass: Context(flags=fkv.PROPAGATE_NONFINITE).

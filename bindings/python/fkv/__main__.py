@@ -83,6 +83,34 @@ def import_profile(args) -> None:
     print(f'wrote {args.output} ({os.path.getsize(args.output)} bytes)')
 
 
+def read_texts(files: list[str], tokens: str, tokenizer) -> list:
+    """The texts of the files: one text each, or with bytes as tokens the ids themselves."""
+    contents = [pathlib.Path(file).read_bytes() for file in files]
+    if tokens == 'bytes':
+        return [list(content) for content in contents]
+    return [content.decode(errors='replace') for content in contents]
+
+
+def calibrate(args) -> None:
+    import transformers
+    from fkv import calibration
+    tokenizer = None if args.tokens == 'bytes' else transformers.AutoTokenizer.from_pretrained(args.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    model.to(args.device)
+    codec = fkv.CodecParams(n_sink=args.sinks, n_local=args.local, group=args.group,
+                            block=max(args.block, args.group))
+    with fkv.Context() as context:
+        calibrator = calibration.gather(
+            model, read_texts(args.text, args.tokens, tokenizer), tokenizer=tokenizer,
+            context=context, params=models.model_params(args.model), codec=codec,
+            window=args.window, max_windows=args.windows, labels=args.labels)
+        params = fkv.AllocationParams(value=args.ratio, tokens=args.at)
+        profile, allocation = calibrator.allocate(params)
+        profile.save(args.output)
+    print(f'wrote {args.output}: {allocation.ratio:.2f}x at {allocation.tokens} tokens, '
+          f'{allocation.bits:.3f} bits per element, predicted loss {allocation.predicted_loss:.4g}')
+
+
 STATS_COLUMNS = ('bytes_exact', 'bytes_kept', 'bytes_coefficients', 'bytes_blocks', 'bytes_scales',
                  'bytes_tables', 'bytes', 'dense_bytes')
 
@@ -133,6 +161,25 @@ def make_parser() -> argparse.ArgumentParser:
                        ('local', 'local tokens'), ('period', 'period in tokens')):
         imported.add_argument(f'--{name}', type=int, help=f'{what} (default: the library\'s)')
     imported.set_defaults(run=import_profile)
+
+    made = commands.add_parser('calibrate', help='a calibrated profile for a Hugging Face model')
+    made.add_argument('--model', required=True, help='folder or name that transformers can load')
+    made.add_argument('--text', required=True, nargs='+', metavar='FILE',
+                      help='texts like those the model will work on')
+    made.add_argument('--ratio', type=float, default=12.0, help='to dense f16 (default 12)')
+    made.add_argument('--at', type=int, default=8192, metavar='TOKENS',
+                      help='length for which the ratio holds (default 8192)')
+    made.add_argument('-o', '--output', required=True, metavar='FILE')
+    made.add_argument('--window', type=int, default=4096, help='tokens of a pass (default 4096)')
+    made.add_argument('--windows', type=int, metavar='N', help='use only the first N windows')
+    made.add_argument('--labels', default='text', choices=('text', 'model', 'both'))
+    made.add_argument('--tokens', default='tokenizer', choices=('tokenizer', 'bytes'),
+                      help='bytes: a byte is a token')
+    made.add_argument('--device', default='cpu', help='of torch (default cpu)')
+    made.add_argument('--dtype', default='auto', help='of the weights (default: as stored)')
+    for name, value in (('sinks', 4), ('local', 128), ('group', 128), ('block', 128)):
+        made.add_argument(f'--{name}', type=int, default=value, help=f'default {value}')
+    made.set_defaults(run=calibrate)
 
     stats = commands.add_parser('stats', help='bytes that a profile takes at given lengths')
     stats.add_argument('file', help='a profile (JSON)')

@@ -181,6 +181,42 @@ class Criterion(enum.IntEnum):
     """
     PUBLISHED = 1
     """As published: mean squared error after the authors' restoration, of keys before RoPE."""
+    SENSITIVITY = 2
+    """For the calibrated coding (docs/calibration.md): squared gradients of the model's loss times
+    the variance about the carrier, or a weaker estimate from queries where no gradients are
+    given. fkv_calibrator_observe_gradients() feeds it, fkv_calibrator_allocate() solves it.
+    """
+
+
+class Statistic(enum.IntEnum):
+    """What a calibrator of SENSITIVITY knows of each channel."""
+
+    MEAN = 0
+    """Mean over all tokens: the carrier."""
+    VARIANCE = 1
+    """Variance about that mean."""
+    SENSITIVITY = 2
+    """Mean squared gradient; without gradients, the estimate that stands for it."""
+    QUERY = 3
+    """Mean square of the queries that read the channel, before RoPE; 0 for V."""
+    SLOW_SHARE = 4
+    """Share of the variance that each window's own mean and its waves of at least 64 tokens
+    explain: what spectral coefficients around the carrier could save. White noise has about
+    1/32.
+    """
+    LOSS = 5
+    """Expected loss of holding the carrier alone: half of sensitivity times variance."""
+
+
+class Target(enum.IntEnum):
+    """What an allocation must reach."""
+
+    RATIO = 0
+    """At least this ratio, as fkv_profile_estimate() counts it for `tokens` tokens."""
+    BITS = 1
+    """At most these bits per element of the blocks, scales included, over K and V."""
+    LOSS = 2
+    """At most this predicted loss."""
 
 
 @dataclasses.dataclass
@@ -454,11 +490,67 @@ class CalibratorParams:
     _kinds: ClassVar[dict] = {
         'criterion': Criterion,
         'fourier': FourierParams,
+        'codec': CodecParams,
     }
     criterion: Optional[Criterion] = None
     """fkv_criterion_code."""
     fourier: Optional[FourierParams] = None
     """The coding to calibrate for. A profile solved later has these parameters. NULL: defaults."""
+    codec: Optional[CodecParams] = None
+    """The same for SENSITIVITY, which ignores `fourier`; the others ignore this. NULL: defaults."""
+
+
+@dataclasses.dataclass
+class AllocationParams:
+    """How bits are given to channels. Only read during the call. Since 0.1. A field that is None
+    has the default.
+    """
+    _c: ClassVar[str] = 'fkv_allocation_params'
+    _kinds: ClassVar[dict] = {
+        'target': Target,
+        'value': 'number',
+        'tokens': 'number',
+        'levels': 'number',
+        'weights': 'array:double:weights_count',
+    }
+    target: Optional[Target] = None
+    """fkv_target_code. Default RATIO."""
+    value: Optional[float] = None
+    """The target; above 0. Default 12."""
+    tokens: Optional[int] = None
+    """Tokens of a sequence for which ratios hold. Default 8192."""
+    levels: Optional[int] = None
+    """Allowed levels: bit b stands for b bits, of 0, 2, 3, 4, 8, 16. Default 0, 2 and 4."""
+    weights: Optional[Sequence[float]] = None
+    """Factors on the expected losses, [n_layers, 2]: of K, of V. To correct them by what was
+    measured. NULL: none.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocationInfo:
+    """What came of an allocation; the bits of each channel are read with fkv_profile_channels().
+    Losses are in the unit of the gradients: with gradients of the sum of all tokens' losses
+    they are per token, and a guide to compare by, not a promise. Since 0.1.
+    """
+    _c: ClassVar[str] = 'fkv_allocation_info'
+    _kinds: ClassVar[dict] = {
+        'predicted_loss': 'number',
+        'carrier_loss': 'number',
+        'bits': 'number',
+        'ratio': 'number',
+        'tokens': 'number',
+    }
+    predicted_loss: float
+    """Predicted loss of the profile."""
+    carrier_loss: float
+    """Predicted loss with no bits at all."""
+    bits: float
+    """Bits per element of the blocks, scales included."""
+    ratio: float
+    """Ratio for `tokens` tokens."""
+    tokens: int
+    """As asked for."""
 
 
 @dataclasses.dataclass

@@ -92,6 +92,18 @@ FKV_DOMAIN_UNROTATED = 1
 
 FKV_CRITERION_RESIDUAL = 0
 FKV_CRITERION_PUBLISHED = 1
+FKV_CRITERION_SENSITIVITY = 2
+
+FKV_STATISTIC_MEAN = 0
+FKV_STATISTIC_VARIANCE = 1
+FKV_STATISTIC_SENSITIVITY = 2
+FKV_STATISTIC_QUERY = 3
+FKV_STATISTIC_SLOW_SHARE = 4
+FKV_STATISTIC_LOSS = 5
+
+FKV_TARGET_RATIO = 0
+FKV_TARGET_BITS = 1
+FKV_TARGET_LOSS = 2
 
 
 class fkv_context(Structure):
@@ -270,6 +282,36 @@ class fkv_calibrator_params(Structure):
         ('struct_size', c_uint32),
         ('criterion', c_int32),
         ('fourier', POINTER(fkv_fourier_params)),
+        ('codec', POINTER(fkv_codec_params)),
+    ]
+
+
+class fkv_allocation_params(Structure):
+    """How bits are given to channels. Only read during the call. Since 0.1."""
+    _fields_ = [
+        ('struct_size', c_uint32),
+        ('target', c_int32),
+        ('value', c_double),
+        ('tokens', c_int64),
+        ('levels', c_uint64),
+        ('weights', POINTER(c_double)),
+        ('weights_count', c_uint64),
+    ]
+
+
+class fkv_allocation_info(Structure):
+    """What came of an allocation; the bits of each channel are read with fkv_profile_channels().
+    Losses are in the unit of the gradients: with gradients of the sum of all tokens' losses
+    they are per token, and a guide to compare by, not a promise. Since 0.1.
+    """
+    _fields_ = [
+        ('struct_size', c_uint32),
+        ('reserved', c_int32),
+        ('predicted_loss', c_double),
+        ('carrier_loss', c_double),
+        ('bits', c_double),
+        ('ratio', c_double),
+        ('tokens', c_int64),
     ]
 
 
@@ -418,6 +460,25 @@ PROTOTYPES = {
         POINTER(c_double), c_size_t]),
     'fkv_calibrator_solve': (c_int32, [POINTER(fkv_calibrator), POINTER(c_double),
         POINTER(c_double), c_size_t, POINTER(POINTER(fkv_profile))]),
+    'fkv_calibrator_observe_gradients': (c_int32, [POINTER(fkv_calibrator), c_int32,
+        POINTER(fkv_tensor), POINTER(fkv_tensor), POINTER(fkv_tensor), POINTER(fkv_tensor),
+        POINTER(fkv_tensor)]),
+    'fkv_calibrator_weigh_values': (c_int32, [POINTER(fkv_calibrator), c_int32, POINTER(c_double),
+        c_size_t]),
+    'fkv_calibrator_statistic': (c_int32, [POINTER(fkv_calibrator), c_int32, c_int32, c_int32,
+        POINTER(c_double), c_size_t]),
+    'fkv_calibrator_merge': (c_int32, [POINTER(fkv_calibrator), POINTER(fkv_calibrator)]),
+    'fkv_calibrator_save': (c_int32, [POINTER(fkv_calibrator), POINTER(c_char), c_size_t,
+        POINTER(c_size_t)]),
+    'fkv_calibrator_load': (c_int32, [POINTER(fkv_context), c_char_p, c_size_t,
+        POINTER(POINTER(fkv_calibrator))]),
+    'fkv_allocation_params_init': (c_int32, [POINTER(fkv_allocation_params), c_size_t]),
+    'fkv_calibrator_allocate': (c_int32, [POINTER(fkv_calibrator), POINTER(fkv_allocation_params),
+        POINTER(fkv_allocation_info), POINTER(POINTER(fkv_profile))]),
+    'fkv_profile_create_allocated': (c_int32, [POINTER(fkv_context), POINTER(fkv_model_params),
+        POINTER(fkv_codec_params), POINTER(fkv_allocation_params), POINTER(c_double),
+        POINTER(c_double), c_size_t, POINTER(c_float), POINTER(c_float), c_size_t,
+        POINTER(fkv_allocation_info), POINTER(POINTER(fkv_profile))]),
     'fkv_calibrator_destroy': (c_int32, [POINTER(fkv_calibrator)]),
     'fkv_cache_params_init': (c_int32, [POINTER(fkv_cache_params), c_size_t]),
     'fkv_sequence_params_init': (c_int32, [POINTER(fkv_sequence_params), c_size_t]),

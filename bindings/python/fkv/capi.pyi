@@ -66,6 +66,16 @@ FKV_DOMAIN_ROTATED: int
 FKV_DOMAIN_UNROTATED: int
 FKV_CRITERION_RESIDUAL: int
 FKV_CRITERION_PUBLISHED: int
+FKV_CRITERION_SENSITIVITY: int
+FKV_STATISTIC_MEAN: int
+FKV_STATISTIC_VARIANCE: int
+FKV_STATISTIC_SENSITIVITY: int
+FKV_STATISTIC_QUERY: int
+FKV_STATISTIC_SLOW_SHARE: int
+FKV_STATISTIC_LOSS: int
+FKV_TARGET_RATIO: int
+FKV_TARGET_BITS: int
+FKV_TARGET_LOSS: int
 
 
 class fkv_context(ctypes.Structure): ...
@@ -318,6 +328,49 @@ class fkv_calibrator_params(ctypes.Structure):
     """fkv_criterion_code."""
     fourier: Any
     """The coding to calibrate for. A profile solved later has these parameters. NULL: defaults."""
+    codec: Any
+    """The same for SENSITIVITY, which ignores `fourier`; the others ignore this. NULL: defaults."""
+
+
+class fkv_allocation_params(ctypes.Structure):
+    """How bits are given to channels. Only read during the call. Since 0.1."""
+    struct_size: int
+    """sizeof(fkv_allocation_params) as the caller compiled it."""
+    target: int
+    """fkv_target_code. Default RATIO."""
+    value: float
+    """The target; above 0. Default 12."""
+    tokens: int
+    """Tokens of a sequence for which ratios hold. Default 8192."""
+    levels: int
+    """Allowed levels: bit b stands for b bits, of 0, 2, 3, 4, 8, 16. Default 0, 2 and 4."""
+    weights: Any
+    """Factors on the expected losses, [n_layers, 2]: of K, of V. To correct them by what was
+    measured. NULL: none.
+    """
+    weights_count: int
+    """Entries at weights: 2 * n_layers, or 0."""
+
+
+class fkv_allocation_info(ctypes.Structure):
+    """What came of an allocation; the bits of each channel are read with fkv_profile_channels().
+    Losses are in the unit of the gradients: with gradients of the sum of all tokens' losses
+    they are per token, and a guide to compare by, not a promise. Since 0.1.
+    """
+    struct_size: int
+    """sizeof(fkv_allocation_info) as the caller compiled it; no more than this is written."""
+    reserved: int
+    """Zero."""
+    predicted_loss: float
+    """Predicted loss of the profile."""
+    carrier_loss: float
+    """Predicted loss with no bits at all."""
+    bits: float
+    """Bits per element of the blocks, scales included."""
+    ratio: float
+    """Ratio for `tokens` tokens."""
+    tokens: int
+    """As asked for."""
 
 
 class fkv_cache_params(ctypes.Structure):
@@ -626,7 +679,77 @@ class Library(ctypes.CDLL):
         those of least error. k_fraction and v_fraction have n_layers entries in [0, 1]; `count`
         is n_layers. Both NULL (count 0) take the published shares by depth: the first 4/28 of
         the layers K .90 / V .95, the last 8/28 K .50 / V .70, the others .80 / .80. Errors:
-        HANDLE, INVALID, STATE (a layer was never observed), NOMEM. Since 0.1.
+        HANDLE, INVALID, STATE (a layer was never observed), UNSUPPORTED (SENSITIVITY), NOMEM.
+        Since 0.1.
+        """
+        ...
+    def fkv_calibrator_observe_gradients(self, calibrator: Any, layer: int, k: Any, v: Any,
+            grad_k: Any, grad_v: Any, q: Any) -> int:
+        """Adds a window of consecutive tokens of one layer to a calibrator of SENSITIVITY; windows
+        come in any number, length and order. k and v, [tokens, Hk, D], are before RoPE. grad_k
+        and grad_v, of the same shape, are the gradients of the loss with respect to them,
+        through those queries only that will read the token coded, that is at least n_local
+        tokens later (docs/calibration.md says why); give both or neither. `q`, [tokens, Hq, D]
+        before RoPE, may be NULL; without gradients it is what the estimate is made of. Leave
+        sinks out. The sums are kept in double precision and depend on the order only by its
+        rounding. fkv_calibrator_observe() is this without gradients. Errors: HANDLE, INVALID,
+        UNSUPPORTED (another criterion), NONFINITE, NOMEM, LIMIT, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_calibrator_weigh_values(self, calibrator: Any, layer: int, weights: Any,
+            count: int) -> int:
+        """How much the model's hidden state moves, squared, when a channel of V moves by 1: [Hk,
+        D] doubles, for instance the sum over the query heads of a group of |W_o[:, d]|^2, by
+        the mean square of the hidden state. Used where no gradients are given; by default all
+        channels of a layer weigh the same, and all layers. `count` is Hk * D. Errors: HANDLE,
+        INVALID, UNSUPPORTED (another criterion), BUSY. Since 0.1.
+        """
+        ...
+    def fkv_calibrator_statistic(self, calibrator: Any, layer: int, part: int, statistic: int,
+            values: Any, count: int) -> int:
+        """One statistic of each channel of a layer's K or V, [Hk, D] doubles; `count` is the room
+        at `values`. Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), STATE (not
+        observed, or without what the statistic needs), BUFFER, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_calibrator_merge(self, calibrator: Any, other: Any) -> int:
+        """Adds all that `other` has seen; `other` stays as it is. Both are of SENSITIVITY and of
+        the same model. Errors: HANDLE, INVALID (the same calibrator), UNSUPPORTED (another
+        criterion), MISMATCH, NONFINITE, LIMIT, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_calibrator_save(self, calibrator: Any, buffer: Any, bytes: int, needed: Any) -> int:
+        """Writes the statistics of a calibrator of SENSITIVITY to `buffer` as bytes with a version
+        and a checksum; *needed gets their number. buffer may be NULL with bytes 0, to ask.
+        Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), BUFFER, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_calibrator_load(self, ctx: Any, data: bytes | None, bytes: int, out: Any) -> int:
+        """Makes a calibrator from what fkv_calibrator_save() wrote. Everything is checked. Errors:
+        HANDLE, INVALID, NOMEM, LIMIT, FORMAT, VERSION, CHECKSUM. Since 0.1.
+        """
+        ...
+    def fkv_allocation_params_init(self, params: Any, struct_size: int) -> int:
+        """Fills *params with the defaults. Errors: INVALID."""
+        ...
+    def fkv_calibrator_allocate(self, calibrator: Any, params: Any, report: Any, out: Any) -> int:
+        """Makes a calibrated profile: bits go, over all channels of all layers, K and V together,
+        to where they avoid most loss, until the target is met. Carriers are the means. `params`
+        may be NULL; *report (set its struct_size before) may be NULL. Errors: HANDLE, INVALID,
+        STATE (a layer with fewer than two observations, or with neither gradients nor queries,
+        or gradients in some layers only), UNSUPPORTED (a target that cannot be met: the message
+        says what can; another criterion), NONFINITE (a mean beyond what carriers hold), NOMEM,
+        LIMIT, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_profile_create_allocated(self, ctx: Any, model: Any, codec: Any, params: Any,
+            k_losses: Any, v_losses: Any, losses_count: int, k_carrier: Any, v_carrier: Any,
+            carrier_count: int, report: Any, out: Any) -> int:
+        """The same for a caller with losses of their own: k_losses and v_losses are [n_layers, Hk,
+        D], the loss of holding each channel's carrier alone, finite and not negative;
+        losses_count is the number in each. `codec` may be NULL. Carriers as in
+        fkv_profile_create_coded(). On success *out is the caller's. Errors: HANDLE, INVALID,
+        UNSUPPORTED (target), NOMEM, LIMIT. Since 0.1.
         """
         ...
     def fkv_calibrator_destroy(self, calibrator: Any) -> int:

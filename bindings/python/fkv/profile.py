@@ -6,11 +6,12 @@ from typing import Any, Sequence
 
 import numpy
 
-from ._convert import (View, as_enum, code_bytes, ffi, float_array, from_c, lib, mask_bytes, new_result, path_bytes,
+from ._convert import (View, as_enum, code_bytes, ffi, float_array, from_c, lib, mask_bytes,
+                       new_result, path_bytes,
                        text_bytes, to_c)
 from ._objects import Context, Handle, expect, tensor_pointer
-from ._types import (CalibratorParams, CodecParams, DType, FourierParams, ModelParams, Part,
-                     ProfileInfo, Stats)
+from ._types import (AllocationInfo, AllocationParams, CalibratorParams, CodecParams, DType,
+                     FourierParams, ModelParams, Part, ProfileInfo, Statistic, Stats)
 
 
 class Profile(Handle):
@@ -100,6 +101,29 @@ class Profile(Handle):
         return cls(out[0], context)
 
     @classmethod
+    def allocated(cls, context: Context, model: ModelParams, k_losses: Any, v_losses: Any,
+                  params: AllocationParams | None = None, codec: CodecParams | None = None,
+                  k_carriers: Any = None, v_carriers: Any = None) -> tuple['Profile', AllocationInfo]:
+        """A calibrated profile from a loss for each channel: [n_layers, Hk, D], of holding its carrier
+        alone. Bits go to where they avoid most. carriers: of the same shape, or None for zeros.
+        """
+        struct, keep = to_c(ModelParams, model)
+        options, keep_options = to_c(AllocationParams, params or AllocationParams())
+        coding, keep_coding = to_c(CodecParams, codec or CodecParams())
+        shape = (struct.n_layers, struct.n_kv_heads, struct.head_dim)
+        k, v = (numbers(x, shape, 'float64', 'losses') for x in (k_losses, v_losses))
+        carriers = [None if x is None else numbers(x, shape, 'float32', 'carriers')
+                    for x in (k_carriers, v_carriers)]
+        count = max((x.size for x in carriers if x is not None), default=0)
+        report, out = new_result(AllocationInfo), ffi.new('fkv_profile **')
+        expect(Context, context)._check(lib.fkv_profile_create_allocated(
+            context._pointer, struct, coding, options, ffi.from_buffer('double[]', k),
+            ffi.from_buffer('double[]', v), k.size,
+            *(ffi.NULL if x is None else ffi.from_buffer('float[]', x) for x in carriers), count,
+            report, out))
+        return cls(out[0], context), from_c(AllocationInfo, report)
+
+    @classmethod
     def loads(cls, context: Context, text: str | bytes) -> 'Profile':
         """From JSON text (docs/formats.md)."""
         data = text_bytes(text)
@@ -168,6 +192,14 @@ class Profile(Handle):
         return from_c(Stats, struct)
 
 
+def numbers(values: Any, shape: tuple[int, ...], dtype: str, name: str) -> numpy.ndarray:
+    """A contiguous array of that shape and type, a copy only if it must be."""
+    array = numpy.ascontiguousarray(values, dtype)
+    if array.shape != shape:
+        raise ValueError(f'{name}: shape {array.shape}, expected {shape}')
+    return array
+
+
 class Calibrator(Handle):
     """Gathers statistics of a model's keys and values, and makes a profile from them.
 
@@ -202,6 +234,64 @@ class Calibrator(Handle):
             self._pointer, layer, int(as_enum(Part, part)), ffi.from_buffer('double[]', values),
             values.size))
         return values
+
+    def observe_gradients(self, layer: int, k: Any, v: Any, grad_k: Any = None, grad_v: Any = None,
+                          q: Any = None) -> None:
+        """Adds a window of a layer to a calibrator of Criterion.SENSITIVITY.
+
+        k, v and the gradients of the loss with respect to them: [tokens, Hk, D], before RoPE; q:
+        [tokens, Hq, D]. See fkv_calibrator_observe_gradients() in fkv.h for which gradients to take.
+        """
+        views = [None if x is None else View(x) for x in (k, v, grad_k, grad_v, q)]
+        self._check(lib.fkv_calibrator_observe_gradients(self._pointer, layer,
+                                                         *map(tensor_pointer, views)))
+
+    def weigh_values(self, layer: int, weights: Any) -> None:
+        """How much the hidden state moves when a channel of V does: [Hk, D]. Without gradients."""
+        array = numbers(weights, self._shape, 'float64', 'weights')
+        self._check(lib.fkv_calibrator_weigh_values(
+            self._pointer, layer, ffi.from_buffer('double[]', array), array.size))
+
+    def statistic(self, layer: int, part: Any, statistic: Any) -> numpy.ndarray:
+        """One of fkv.Statistic for each channel: [Hk, D] of float64."""
+        values = numpy.zeros(self._shape)
+        self._check(lib.fkv_calibrator_statistic(
+            self._pointer, layer, int(as_enum(Part, part)), int(as_enum(Statistic, statistic)),
+            ffi.from_buffer('double[]', values), values.size))
+        return values
+
+    def merge(self, other: 'Calibrator') -> None:
+        """Adds all that `other` has seen."""
+        self._check(lib.fkv_calibrator_merge(self._pointer, expect(Calibrator, other)._pointer))
+
+    def dumps(self) -> bytes:
+        """The statistics as bytes, for loads()."""
+        needed = ffi.new('size_t *')
+        self._check(lib.fkv_calibrator_save(self._pointer, ffi.NULL, 0, needed))
+        buffer = ffi.new('char[]', needed[0])
+        self._check(lib.fkv_calibrator_save(self._pointer, buffer, len(buffer), needed))
+        return bytes(ffi.buffer(buffer, needed[0]))
+
+    @classmethod
+    def loads(cls, context: Context, data: bytes, model: ModelParams) -> 'Calibrator':
+        """From what dumps() gave, for a model that must be the same."""
+        out = ffi.new('fkv_calibrator **')
+        expect(Context, context)._check(
+            lib.fkv_calibrator_load(context._pointer, data, len(data), out))
+        calibrator = cls.__new__(cls)
+        Handle.__init__(calibrator, out[0], context)
+        same = cls(context, model, criterion='sensitivity')
+        same.merge(calibrator)  # which compares the models
+        calibrator._layers, calibrator._shape = same._layers, same._shape
+        same.close()
+        return calibrator
+
+    def allocate(self, params: AllocationParams | None = None) -> tuple[Profile, AllocationInfo]:
+        """A calibrated profile that meets a target, and what is expected of it."""
+        options, keep = to_c(AllocationParams, params or AllocationParams())
+        report, out = new_result(AllocationInfo), ffi.new('fkv_profile **')
+        self._check(lib.fkv_calibrator_allocate(self._pointer, options, report, out))
+        return Profile(out[0], self._context), from_c(AllocationInfo, report)
 
     def solve(self, k_fraction: Sequence[float] | float | None = None,
               v_fraction: Sequence[float] | float | None = None) -> Profile:

@@ -2234,6 +2234,10 @@ pub type fkv_criterion = i32;
 pub const FKV_CRITERION_RESIDUAL: fkv_criterion_code = 0;
 #[doc = " As published: mean squared error after the authors' restoration, of keys before RoPE."]
 pub const FKV_CRITERION_PUBLISHED: fkv_criterion_code = 1;
+#[doc = " For the calibrated coding (docs/calibration.md): squared gradients of the model's loss times the"]
+#[doc = " variance about the carrier, or a weaker estimate from queries where no gradients are given."]
+#[doc = " fkv_calibrator_observe_gradients() feeds it, fkv_calibrator_allocate() solves it."]
+pub const FKV_CRITERION_SENSITIVITY: fkv_criterion_code = 2;
 #[doc = " What makes a channel cheap to compress."]
 pub type fkv_criterion_code = std::os::raw::c_uint;
 #[doc = " How a calibrator is made. Since 0.1."]
@@ -2246,12 +2250,14 @@ pub struct fkv_calibrator_params {
     pub criterion: fkv_criterion,
     #[doc = " The coding to calibrate for. A profile solved later has these parameters. NULL: defaults."]
     pub fourier: *const fkv_fourier_params,
+    #[doc = " The same for SENSITIVITY, which ignores `fourier`; the others ignore this. NULL: defaults."]
+    pub codec: *const fkv_codec_params,
 }
 #[test]
 fn bindgen_test_layout_fkv_calibrator_params() {
     assert_eq!(
         ::core::mem::size_of::<fkv_calibrator_params>(),
-        16usize,
+        24usize,
         concat!("Size of: ", stringify!(fkv_calibrator_params))
     );
     assert_eq!(
@@ -2310,6 +2316,355 @@ fn bindgen_test_layout_fkv_calibrator_params() {
         );
     }
     test_field_fourier();
+    fn test_field_codec() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_calibrator_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).codec) as usize - ptr as usize
+            },
+            16usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_calibrator_params),
+                "::",
+                stringify!(codec)
+            )
+        );
+    }
+    test_field_codec();
+}
+#[doc = " One of fkv_statistic_code."]
+pub type fkv_statistic = i32;
+#[doc = " Mean over all tokens: the carrier."]
+pub const FKV_STATISTIC_MEAN: fkv_statistic_code = 0;
+#[doc = " Variance about that mean."]
+pub const FKV_STATISTIC_VARIANCE: fkv_statistic_code = 1;
+#[doc = " Mean squared gradient; without gradients, the estimate that stands for it."]
+pub const FKV_STATISTIC_SENSITIVITY: fkv_statistic_code = 2;
+#[doc = " Mean square of the queries that read the channel, before RoPE; 0 for V."]
+pub const FKV_STATISTIC_QUERY: fkv_statistic_code = 3;
+#[doc = " Share of the variance that each window's own mean and its waves of at least 64 tokens explain:"]
+#[doc = " what spectral coefficients around the carrier could save. White noise has about 1/32."]
+pub const FKV_STATISTIC_SLOW_SHARE: fkv_statistic_code = 4;
+#[doc = " Expected loss of holding the carrier alone: half of sensitivity times variance."]
+pub const FKV_STATISTIC_LOSS: fkv_statistic_code = 5;
+#[doc = " What a calibrator of SENSITIVITY knows of each channel."]
+pub type fkv_statistic_code = std::os::raw::c_uint;
+#[doc = " One of fkv_target_code."]
+pub type fkv_target = i32;
+#[doc = " At least this ratio, as fkv_profile_estimate() counts it for `tokens` tokens."]
+pub const FKV_TARGET_RATIO: fkv_target_code = 0;
+#[doc = " At most these bits per element of the blocks, scales included, over K and V."]
+pub const FKV_TARGET_BITS: fkv_target_code = 1;
+#[doc = " At most this predicted loss."]
+pub const FKV_TARGET_LOSS: fkv_target_code = 2;
+#[doc = " What an allocation must reach."]
+pub type fkv_target_code = std::os::raw::c_uint;
+#[doc = " How bits are given to channels. Only read during the call. Since 0.1."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct fkv_allocation_params {
+    #[doc = " sizeof(fkv_allocation_params) as the caller compiled it."]
+    pub struct_size: u32,
+    #[doc = " fkv_target_code. Default RATIO."]
+    pub target: fkv_target,
+    #[doc = " The target; above 0. Default 12."]
+    pub value: f64,
+    #[doc = " Tokens of a sequence for which ratios hold. Default 8192."]
+    pub tokens: i64,
+    #[doc = " Allowed levels: bit b stands for b bits, of 0, 2, 3, 4, 8, 16. Default 0, 2 and 4."]
+    pub levels: u64,
+    #[doc = " Factors on the expected losses, [n_layers, 2]: of K, of V. To correct them by what was measured."]
+    #[doc = " NULL: none."]
+    pub weights: *const f64,
+    #[doc = " Entries at weights: 2 * n_layers, or 0."]
+    pub weights_count: u64,
+}
+#[test]
+fn bindgen_test_layout_fkv_allocation_params() {
+    assert_eq!(
+        ::core::mem::size_of::<fkv_allocation_params>(),
+        48usize,
+        concat!("Size of: ", stringify!(fkv_allocation_params))
+    );
+    assert_eq!(
+        ::core::mem::align_of::<fkv_allocation_params>(),
+        8usize,
+        concat!("Alignment of ", stringify!(fkv_allocation_params))
+    );
+    fn test_field_struct_size() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).struct_size) as usize - ptr as usize
+            },
+            0usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_params),
+                "::",
+                stringify!(struct_size)
+            )
+        );
+    }
+    test_field_struct_size();
+    fn test_field_target() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).target) as usize - ptr as usize
+            },
+            4usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_params),
+                "::",
+                stringify!(target)
+            )
+        );
+    }
+    test_field_target();
+    fn test_field_value() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).value) as usize - ptr as usize
+            },
+            8usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_params),
+                "::",
+                stringify!(value)
+            )
+        );
+    }
+    test_field_value();
+    fn test_field_tokens() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).tokens) as usize - ptr as usize
+            },
+            16usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_params),
+                "::",
+                stringify!(tokens)
+            )
+        );
+    }
+    test_field_tokens();
+    fn test_field_levels() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).levels) as usize - ptr as usize
+            },
+            24usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_params),
+                "::",
+                stringify!(levels)
+            )
+        );
+    }
+    test_field_levels();
+    fn test_field_weights() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).weights) as usize - ptr as usize
+            },
+            32usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_params),
+                "::",
+                stringify!(weights)
+            )
+        );
+    }
+    test_field_weights();
+    fn test_field_weights_count() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).weights_count) as usize - ptr as usize
+            },
+            40usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_params),
+                "::",
+                stringify!(weights_count)
+            )
+        );
+    }
+    test_field_weights_count();
+}
+#[doc = " What came of an allocation; the bits of each channel are read with fkv_profile_channels(). Losses are in"]
+#[doc = " the unit of the gradients: with gradients of the sum of all tokens' losses they are per token, and a"]
+#[doc = " guide to compare by, not a promise. Since 0.1."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct fkv_allocation_info {
+    #[doc = " sizeof(fkv_allocation_info) as the caller compiled it; no more than this is written."]
+    pub struct_size: u32,
+    #[doc = " Zero."]
+    pub reserved: i32,
+    #[doc = " Predicted loss of the profile."]
+    pub predicted_loss: f64,
+    #[doc = " Predicted loss with no bits at all."]
+    pub carrier_loss: f64,
+    #[doc = " Bits per element of the blocks, scales included."]
+    pub bits: f64,
+    #[doc = " Ratio for `tokens` tokens."]
+    pub ratio: f64,
+    #[doc = " As asked for."]
+    pub tokens: i64,
+}
+#[test]
+fn bindgen_test_layout_fkv_allocation_info() {
+    assert_eq!(
+        ::core::mem::size_of::<fkv_allocation_info>(),
+        48usize,
+        concat!("Size of: ", stringify!(fkv_allocation_info))
+    );
+    assert_eq!(
+        ::core::mem::align_of::<fkv_allocation_info>(),
+        8usize,
+        concat!("Alignment of ", stringify!(fkv_allocation_info))
+    );
+    fn test_field_struct_size() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).struct_size) as usize - ptr as usize
+            },
+            0usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_info),
+                "::",
+                stringify!(struct_size)
+            )
+        );
+    }
+    test_field_struct_size();
+    fn test_field_reserved() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).reserved) as usize - ptr as usize
+            },
+            4usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_info),
+                "::",
+                stringify!(reserved)
+            )
+        );
+    }
+    test_field_reserved();
+    fn test_field_predicted_loss() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).predicted_loss) as usize - ptr as usize
+            },
+            8usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_info),
+                "::",
+                stringify!(predicted_loss)
+            )
+        );
+    }
+    test_field_predicted_loss();
+    fn test_field_carrier_loss() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).carrier_loss) as usize - ptr as usize
+            },
+            16usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_info),
+                "::",
+                stringify!(carrier_loss)
+            )
+        );
+    }
+    test_field_carrier_loss();
+    fn test_field_bits() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).bits) as usize - ptr as usize
+            },
+            24usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_info),
+                "::",
+                stringify!(bits)
+            )
+        );
+    }
+    test_field_bits();
+    fn test_field_ratio() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).ratio) as usize - ptr as usize
+            },
+            32usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_info),
+                "::",
+                stringify!(ratio)
+            )
+        );
+    }
+    test_field_ratio();
+    fn test_field_tokens() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_allocation_info>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).tokens) as usize - ptr as usize
+            },
+            40usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_allocation_info),
+                "::",
+                stringify!(tokens)
+            )
+        );
+    }
+    test_field_tokens();
 }
 extern "C" {
     #[doc = " Fills *params with the defaults. Errors: INVALID."]
@@ -2358,12 +2713,127 @@ extern "C" {
     #[doc = " least error. k_fraction and v_fraction have n_layers entries in [0, 1]; `count` is n_layers. Both NULL"]
     #[doc = " (count 0) take the published shares by depth: the first 4/28 of the layers K .90 / V .95, the last"]
     #[doc = " 8/28 K .50 / V .70, the others .80 / .80."]
-    #[doc = " Errors: HANDLE, INVALID, STATE (a layer was never observed), NOMEM. Since 0.1."]
+    #[doc = " Errors: HANDLE, INVALID, STATE (a layer was never observed), UNSUPPORTED (SENSITIVITY), NOMEM. Since 0.1."]
     pub fn fkv_calibrator_solve(
         calibrator: *mut fkv_calibrator,
         k_fraction: *const f64,
         v_fraction: *const f64,
         count: usize,
+        out: *mut *mut fkv_profile,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Adds a window of consecutive tokens of one layer to a calibrator of SENSITIVITY; windows come in any"]
+    #[doc = " number, length and order. k and v, [tokens, Hk, D], are before RoPE. grad_k and grad_v, of the same shape,"]
+    #[doc = " are the gradients of the loss with respect to them, through those queries only that will read the token"]
+    #[doc = " coded, that is at least n_local tokens later (docs/calibration.md says why); give both or neither. `q`,"]
+    #[doc = " [tokens, Hq, D] before RoPE, may be NULL; without gradients it is what the estimate is made of. Leave"]
+    #[doc = " sinks out. The sums are kept in double precision and depend on the order only by its rounding."]
+    #[doc = " fkv_calibrator_observe() is this without gradients."]
+    #[doc = " Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), NONFINITE, NOMEM, LIMIT, BUSY. Since 0.1."]
+    pub fn fkv_calibrator_observe_gradients(
+        calibrator: *mut fkv_calibrator,
+        layer: i32,
+        k: *const fkv_tensor,
+        v: *const fkv_tensor,
+        grad_k: *const fkv_tensor,
+        grad_v: *const fkv_tensor,
+        q: *const fkv_tensor,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " How much the model's hidden state moves, squared, when a channel of V moves by 1: [Hk, D] doubles, for"]
+    #[doc = " instance the sum over the query heads of a group of |W_o[:, d]|^2, by the mean square of the hidden state."]
+    #[doc = " Used where no gradients are given; by default all channels of a layer weigh the same, and all layers."]
+    #[doc = " `count` is Hk * D. Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), BUSY. Since 0.1."]
+    pub fn fkv_calibrator_weigh_values(
+        calibrator: *mut fkv_calibrator,
+        layer: i32,
+        weights: *const f64,
+        count: usize,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " One statistic of each channel of a layer's K or V, [Hk, D] doubles; `count` is the room at `values`."]
+    #[doc = " Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), STATE (not observed, or without what the"]
+    #[doc = " statistic needs), BUFFER, BUSY. Since 0.1."]
+    pub fn fkv_calibrator_statistic(
+        calibrator: *mut fkv_calibrator,
+        layer: i32,
+        part: fkv_part,
+        statistic: fkv_statistic,
+        values: *mut f64,
+        count: usize,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Adds all that `other` has seen; `other` stays as it is. Both are of SENSITIVITY and of the same model."]
+    #[doc = " Errors: HANDLE, INVALID (the same calibrator), UNSUPPORTED (another criterion), MISMATCH, NONFINITE,"]
+    #[doc = " LIMIT, BUSY. Since 0.1."]
+    pub fn fkv_calibrator_merge(
+        calibrator: *mut fkv_calibrator,
+        other: *mut fkv_calibrator,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Writes the statistics of a calibrator of SENSITIVITY to `buffer` as bytes with a version and a checksum;"]
+    #[doc = " *needed gets their number. buffer may be NULL with bytes 0, to ask."]
+    #[doc = " Errors: HANDLE, INVALID, UNSUPPORTED (another criterion), BUFFER, BUSY. Since 0.1."]
+    pub fn fkv_calibrator_save(
+        calibrator: *mut fkv_calibrator,
+        buffer: *mut std::os::raw::c_char,
+        bytes: usize,
+        needed: *mut usize,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Makes a calibrator from what fkv_calibrator_save() wrote. Everything is checked."]
+    #[doc = " Errors: HANDLE, INVALID, NOMEM, LIMIT, FORMAT, VERSION, CHECKSUM. Since 0.1."]
+    pub fn fkv_calibrator_load(
+        ctx: *mut fkv_context,
+        data: *const std::os::raw::c_char,
+        bytes: usize,
+        out: *mut *mut fkv_calibrator,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Fills *params with the defaults. Errors: INVALID."]
+    pub fn fkv_allocation_params_init(
+        params: *mut fkv_allocation_params,
+        struct_size: usize,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Makes a calibrated profile: bits go, over all channels of all layers, K and V together, to where they"]
+    #[doc = " avoid most loss, until the target is met. Carriers are the means. `params` may be NULL; *report (set its"]
+    #[doc = " struct_size before) may be NULL. Errors: HANDLE, INVALID, STATE (a layer with fewer than two"]
+    #[doc = " observations, or with neither gradients nor queries, or gradients in some layers only), UNSUPPORTED (a"]
+    #[doc = " target that cannot be met: the message says what can; another criterion), NONFINITE (a mean beyond what"]
+    #[doc = " carriers hold), NOMEM, LIMIT, BUSY. Since 0.1."]
+    pub fn fkv_calibrator_allocate(
+        calibrator: *mut fkv_calibrator,
+        params: *const fkv_allocation_params,
+        report: *mut fkv_allocation_info,
+        out: *mut *mut fkv_profile,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " The same for a caller with losses of their own: k_losses and v_losses are [n_layers, Hk, D], the loss"]
+    #[doc = " of holding each channel's carrier alone, finite and not negative; losses_count is the number in each."]
+    #[doc = " `codec` may be NULL. Carriers as in fkv_profile_create_coded(). On success *out is the caller's."]
+    #[doc = " Errors: HANDLE, INVALID, UNSUPPORTED (target), NOMEM, LIMIT. Since 0.1."]
+    pub fn fkv_profile_create_allocated(
+        ctx: *mut fkv_context,
+        model: *const fkv_model_params,
+        codec: *const fkv_codec_params,
+        params: *const fkv_allocation_params,
+        k_losses: *const f64,
+        v_losses: *const f64,
+        losses_count: usize,
+        k_carrier: *const f32,
+        v_carrier: *const f32,
+        carrier_count: usize,
+        report: *mut fkv_allocation_info,
         out: *mut *mut fkv_profile,
     ) -> fkv_status;
 }

@@ -104,7 +104,11 @@ fn facts() -> Facts {
             k_fourier_channels v_fourier_channels softmax_scale group block domain reserved2 k_bits v_bits
         }
         fkv_codec_params { struct_size storage_dtype group block n_sink n_local domain spectral_bins }
-        fkv_calibrator_params { struct_size criterion fourier }
+        fkv_calibrator_params { struct_size criterion fourier codec }
+        fkv_allocation_params { struct_size target value tokens levels weights weights_count }
+        fkv_allocation_info {
+            struct_size reserved predicted_loss carrier_loss bits ratio tokens
+        }
         fkv_cache_params { struct_size reserved max_tokens max_bytes }
         fkv_sequence_params { struct_size reserved period }
         fkv_stats {
@@ -120,7 +124,8 @@ fn facts() -> Facts {
     }
     integers! { facts,
         fkv_status fkv_dtype fkv_device fkv_backend fkv_cpu_level fkv_rope_layout fkv_restoration
-        fkv_outgrow fkv_part fkv_coding fkv_domain fkv_criterion fkv_sequence
+        fkv_outgrow fkv_part fkv_coding fkv_domain fkv_criterion fkv_statistic fkv_target
+        fkv_sequence
     }
     constants! { facts,
         FKV_VERSION_MAJOR FKV_VERSION_MINOR FKV_VERSION_PATCH FKV_ABI_VERSION FKV_MAX_HEAD_DIM
@@ -135,7 +140,9 @@ fn facts() -> Facts {
         FKV_OUTGROW_ERROR FKV_PART_K FKV_PART_V FKV_CHANNEL_CARRIER FKV_CHANNEL_FOURIER
         FKV_CHANNEL_2BIT FKV_CHANNEL_3BIT FKV_CHANNEL_4BIT FKV_CHANNEL_8BIT FKV_CHANNEL_EXACT
         FKV_CODING_EXACT FKV_CODING_FOURIER FKV_CODING_CALIBRATED FKV_DOMAIN_ROTATED
-        FKV_DOMAIN_UNROTATED FKV_CRITERION_RESIDUAL FKV_CRITERION_PUBLISHED
+        FKV_DOMAIN_UNROTATED FKV_CRITERION_RESIDUAL FKV_CRITERION_PUBLISHED FKV_CRITERION_SENSITIVITY FKV_STATISTIC_MEAN FKV_STATISTIC_VARIANCE
+        FKV_STATISTIC_SENSITIVITY FKV_STATISTIC_QUERY FKV_STATISTIC_SLOW_SHARE FKV_STATISTIC_LOSS
+        FKV_TARGET_RATIO FKV_TARGET_BITS FKV_TARGET_LOSS
     }
     facts
 }

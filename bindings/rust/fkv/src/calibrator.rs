@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::convert::{int32, Struct};
 use crate::{
-    sys, Context, Criterion, FourierParams, ModelParams, Part, Profile, Result, TensorRef,
+    sys, AllocationInfo, AllocationParams, CodecParams, Context, Criterion, FourierParams,
+    ModelParams, Part, Profile, Result, Statistic, TensorRef,
 };
 use std::fmt;
 use std::ptr::NonNull;
@@ -14,6 +15,8 @@ pub struct CalibratorParams {
     pub criterion: Criterion,
     /// The coding to calibrate for, which the solved profile will have.
     pub fourier: FourierParams,
+    /// The same for [`Criterion::Sensitivity`], which ignores `fourier`.
+    pub codec: CodecParams,
 }
 
 impl Default for CalibratorParams {
@@ -23,6 +26,7 @@ impl Default for CalibratorParams {
         CalibratorParams {
             criterion: Criterion::from_raw(raw.criterion),
             fourier: FourierParams::default(),
+            codec: CodecParams::default(),
         }
     }
 }
@@ -58,12 +62,13 @@ impl Calibrator {
     /// Errors: Invalid, NoMemory.
     pub fn new(context: &Context, model: &ModelParams, params: &CalibratorParams) -> Result<Self> {
         let raw_model = model.raw()?;
-        let fourier = params.fourier.raw()?;
+        let (fourier, codec) = (params.fourier.raw()?, params.codec.raw()?);
         // SAFETY: the init function of this very struct.
         let mut raw_params =
             unsafe { sys::fkv_calibrator_params::defaults(sys::fkv_calibrator_params_init) };
         raw_params.criterion = params.criterion.to_raw();
         raw_params.fourier = &fourier;
+        raw_params.codec = &codec;
         // SAFETY: a living handle; the structs and what they point to live through the call.
         let raw = context.create(|out| unsafe {
             sys::fkv_calibrator_create(context.as_raw(), raw_model.as_ptr(), &raw_params, out)
@@ -139,6 +144,126 @@ impl Calibrator {
         Profile::create(&self.context, |out| unsafe {
             sys::fkv_calibrator_solve(self.as_raw(), k, v, shares, out)
         })
+    }
+
+    /// Adds a window of consecutive tokens of one layer to a calibrator of [`Criterion::Sensitivity`].
+    /// `k`, `v` and the gradients of the loss with respect to them are `[tokens, Hk, D]`, before RoPE, `q`
+    /// is `[tokens, Hq, D]`. Which gradients to take is in fkv.h.
+    /// Errors: Invalid, Unsupported (another criterion), NonFinite, NoMemory, Limit.
+    pub fn observe_gradients(
+        &mut self,
+        layer: usize,
+        k: &TensorRef<'_>,
+        v: &TensorRef<'_>,
+        gradients: Option<[&TensorRef<'_>; 2]>,
+        q: Option<&TensorRef<'_>>,
+    ) -> Result<()> {
+        let layer = int32("layer", layer)?;
+        let [grad_k, grad_v] =
+            gradients.map_or([std::ptr::null(); 2], |g| g.map(|t| t.as_raw() as *const _));
+        let q = q.map_or(std::ptr::null(), |q| q.as_raw() as *const _);
+        // SAFETY: a living handle; each tensor describes memory that is borrowed through the call.
+        self.context.check(unsafe {
+            sys::fkv_calibrator_observe_gradients(
+                self.as_raw(),
+                layer,
+                k.as_raw(),
+                v.as_raw(),
+                grad_k,
+                grad_v,
+                q,
+            )
+        })
+    }
+
+    /// How much the model's hidden state moves, squared, when a channel of V moves by 1: `[Hk, D]`.
+    /// Errors: Invalid, Unsupported (another criterion).
+    pub fn weigh_values(&mut self, layer: usize, weights: &[f64]) -> Result<()> {
+        let layer = int32("layer", layer)?;
+        // SAFETY: a living handle, and as many doubles as stated.
+        self.context.check(unsafe {
+            sys::fkv_calibrator_weigh_values(self.as_raw(), layer, weights.as_ptr(), weights.len())
+        })
+    }
+
+    /// One statistic of each channel of a layer's K or V, `[Hk, D]`.
+    /// Errors: Invalid, Unsupported (another criterion), State (not observed).
+    pub fn statistic(&self, layer: usize, part: Part, statistic: Statistic) -> Result<Vec<f64>> {
+        let layer = int32("layer", layer)?;
+        let mut values = vec![0f64; self.channels];
+        // SAFETY: a living handle, and a buffer of the stated number of doubles.
+        self.context.check(unsafe {
+            sys::fkv_calibrator_statistic(
+                self.as_raw(),
+                layer,
+                part.to_raw(),
+                statistic.to_raw(),
+                values.as_mut_ptr(),
+                values.len(),
+            )
+        })?;
+        Ok(values)
+    }
+
+    /// Adds all that `other` has seen. Errors: Unsupported (another criterion), Mismatch, NonFinite, Limit.
+    pub fn merge(&mut self, other: &Calibrator) -> Result<()> {
+        // SAFETY: two living handles, which cannot be the same: one is borrowed exclusively.
+        self.context
+            .check(unsafe { sys::fkv_calibrator_merge(self.as_raw(), other.as_raw()) })
+    }
+
+    /// The statistics as bytes, with a version and a checksum. Errors: Unsupported (another criterion).
+    pub fn save(&self) -> Result<Vec<u8>> {
+        let mut bytes = 0;
+        // SAFETY: a living handle; no buffer of no bytes asks for the size.
+        self.context.check(unsafe {
+            sys::fkv_calibrator_save(self.as_raw(), std::ptr::null_mut(), 0, &mut bytes)
+        })?;
+        let mut data = vec![0u8; bytes];
+        // SAFETY: a living handle, and a buffer of the stated size.
+        self.context.check(unsafe {
+            sys::fkv_calibrator_save(
+                self.as_raw(),
+                data.as_mut_ptr().cast(),
+                data.len(),
+                &mut bytes,
+            )
+        })?;
+        Ok(data)
+    }
+
+    /// A calibrator of `model` with what [`save`](Self::save) gave.
+    /// Errors: NoMemory, Limit, Format, Version, Checksum, Mismatch (another model).
+    pub fn load(context: &Context, model: &ModelParams, data: &[u8]) -> Result<Self> {
+        // SAFETY: a living handle, and as many bytes as stated.
+        let raw = context.create(|out| unsafe {
+            sys::fkv_calibrator_load(context.as_raw(), data.as_ptr().cast(), data.len(), out)
+        })?;
+        let loaded = Calibrator {
+            context: context.clone(),
+            raw,
+            channels: model.n_kv_heads * model.head_dim,
+        };
+        // Merging compares the models: `channels` must be right before anything is read.
+        let same = CalibratorParams {
+            criterion: Criterion::Sensitivity,
+            ..CalibratorParams::default()
+        };
+        Calibrator::new(context, model, &same)?.merge(&loaded)?;
+        Ok(loaded)
+    }
+
+    /// A calibrated profile: bits go to where they avoid most loss, until the target is met.
+    /// Errors: State (too little observed), Unsupported (a target that cannot be met: the message says
+    /// what can; another criterion), NonFinite, NoMemory, Limit.
+    pub fn allocate(&self, params: &AllocationParams) -> Result<(Profile, AllocationInfo)> {
+        let raw = params.raw()?;
+        let mut report = sys::fkv_allocation_info::empty();
+        // SAFETY: a living handle; the structs live through the call.
+        let profile = Profile::create(&self.context, |out| unsafe {
+            sys::fkv_calibrator_allocate(self.as_raw(), &raw, &mut report, out)
+        })?;
+        Ok((profile, AllocationInfo::from_raw(&report)))
     }
 
     /// The C handle, still owned by this calibrator.

@@ -218,5 +218,37 @@ codes! {
         Residual = FKV_CRITERION_RESIDUAL,
         /// As published: error of keys before RoPE.
         Published = FKV_CRITERION_PUBLISHED,
+        /// For the calibrated coding: squared gradients of the loss times the variance about the carrier.
+        Sensitivity = FKV_CRITERION_SENSITIVITY,
+    }
+}
+
+codes! {
+    /// What a calibrator of [`Criterion::Sensitivity`] knows of each channel.
+    Statistic {
+        /// Mean over all tokens: the carrier.
+        Mean = FKV_STATISTIC_MEAN,
+        /// Variance about that mean.
+        Variance = FKV_STATISTIC_VARIANCE,
+        /// Mean squared gradient, or the estimate that stands for it.
+        Sensitivity = FKV_STATISTIC_SENSITIVITY,
+        /// Mean square of the queries that read the channel; 0 for V.
+        Query = FKV_STATISTIC_QUERY,
+        /// Share of the variance that slow waves around the carrier explain.
+        SlowShare = FKV_STATISTIC_SLOW_SHARE,
+        /// Expected loss of holding the carrier alone.
+        Loss = FKV_STATISTIC_LOSS,
+    }
+}
+
+codes! {
+    /// What an allocation must reach.
+    Target {
+        /// At least this ratio.
+        Ratio = FKV_TARGET_RATIO,
+        /// At most these bits per element of the blocks, scales included.
+        Bits = FKV_TARGET_BITS,
+        /// At most this predicted loss.
+        Loss = FKV_TARGET_LOSS,
     }
 }

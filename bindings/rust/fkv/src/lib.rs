@@ -73,6 +73,7 @@
 #![warn(missing_docs)]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
+mod allocation;
 mod cache;
 mod calibrator;
 mod code;
@@ -86,11 +87,12 @@ mod profile;
 mod select;
 mod tensor;
 
+pub use allocation::{AllocationInfo, AllocationParams};
 pub use cache::{Cache, CacheParams, Sequence, SequenceParams, Stats};
 pub use calibrator::{Calibrator, CalibratorParams};
 pub use code::{
     Backend, Channel, Coding, CpuLevel, Criterion, Domain, Dtype, Outgrow, Part, Restoration,
-    RopeLayout, Status,
+    RopeLayout, Statistic, Status, Target,
 };
 pub use context::{Context, ContextInfo, ContextParams};
 pub use error::{Error, Result};

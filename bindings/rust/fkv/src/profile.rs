@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::convert::{c_string, count, int32, int64, Struct};
 use crate::{
-    sys, Channel, CodecParams, Coding, Context, Domain, Dtype, Error, FourierParams, ModelParams,
-    Outgrow, Part, Restoration, Result, RopeLayout, Stats, Status,
+    sys, AllocationInfo, AllocationParams, Channel, CodecParams, Coding, Context, Domain, Dtype,
+    Error, FourierParams, ModelParams, Outgrow, Part, Restoration, Result, RopeLayout, Stats,
+    Status,
 };
 use std::ffi::CString;
 use std::fmt;
@@ -145,19 +146,9 @@ impl Profile {
         if bits[0].len() != bits[1].len() {
             return Err(Error::invalid("bits: K and V differ in length"));
         }
-        let carrier_count = carriers[0].len().max(carriers[1].len());
-        if carriers
-            .iter()
-            .any(|c| ![0, carrier_count].contains(&c.len()))
-        {
-            return Err(Error::invalid("carriers: K and V differ in length"));
-        }
+        let (carriers, carrier_count) = carrier_pointers(carriers)?;
         let (model, codec) = (model.raw()?, codec.raw()?);
         let codes = bits.map(|part| part.iter().map(|c| c.to_raw() as u8).collect::<Vec<_>>());
-        let carriers = carriers.map(|part| match part {
-            [] => std::ptr::null(),
-            part => part.as_ptr(),
-        });
         // SAFETY: a living handle; structs and arrays live through the call, which copies them, and have
         // the sizes that are passed, or are NULL.
         Profile::create(context, |out| unsafe {
@@ -195,6 +186,43 @@ impl Profile {
                 out,
             )
         })
+    }
+
+    /// A calibrated profile from a loss for each channel, `[n_layers, Hk, D]`, of holding its carrier alone;
+    /// carriers as in [`coded`](Self::coded). Errors: Invalid, Unsupported (target), NoMemory, Limit.
+    pub fn allocated(
+        context: &Context,
+        model: &ModelParams,
+        codec: &CodecParams,
+        params: &AllocationParams,
+        losses: [&[f64]; 2],
+        carriers: [&[f32]; 2],
+    ) -> Result<(Self, AllocationInfo)> {
+        if losses[0].len() != losses[1].len() {
+            return Err(Error::invalid("losses: K and V differ in length"));
+        }
+        let (carriers, carrier_count) = carrier_pointers(carriers)?;
+        let (model, codec, raw) = (model.raw()?, codec.raw()?, params.raw()?);
+        let mut report = sys::fkv_allocation_info::empty();
+        // SAFETY: a living handle; structs and arrays live through the call, which copies them, and have
+        // the sizes that are passed, or are NULL.
+        let profile = Profile::create(context, |out| unsafe {
+            sys::fkv_profile_create_allocated(
+                context.as_raw(),
+                model.as_ptr(),
+                &codec,
+                &raw,
+                losses[0].as_ptr(),
+                losses[1].as_ptr(),
+                losses[0].len(),
+                carriers[0],
+                carriers[1],
+                carrier_count,
+                &mut report,
+                out,
+            )
+        })?;
+        Ok((profile, AllocationInfo::from_raw(&report)))
     }
 
     /// A Fourier profile from channel lists as published with FourierAttention, as JSON text in either
@@ -385,6 +413,22 @@ impl fmt::Debug for Profile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Profile").field(&self.info()).finish()
     }
+}
+
+/// (pointers, NULL for an empty slice; floats in each)
+fn carrier_pointers(carriers: [&[f32]; 2]) -> Result<([*const f32; 2], usize)> {
+    let count = carriers[0].len().max(carriers[1].len());
+    if carriers
+        .iter()
+        .any(|part| ![0, count].contains(&part.len()))
+    {
+        return Err(Error::invalid("carriers: K and V differ in length"));
+    }
+    let pointers = carriers.map(|part| match part {
+        [] => std::ptr::null(),
+        part => part.as_ptr(),
+    });
+    Ok((pointers, count))
 }
 
 fn c_path(path: &Path) -> Result<CString> {

@@ -158,3 +158,74 @@ fn rotated_keys_cannot_be_selected() {
         .unwrap_err();
     assert_eq!(error.status(), Status::Unsupported);
 }
+
+#[test]
+fn bits_go_where_the_gradients_are() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let mut params = CalibratorParams::default();
+    params.criterion = Criterion::Sensitivity;
+    params.codec = codec(Domain::Rotated);
+    let mut whole = Calibrator::new(&context, &model, &params).unwrap();
+    let mut parts = [0, 1].map(|_| Calibrator::new(&context, &model, &params).unwrap());
+    let shape = [64, 1, D];
+    for window in 0..4 {
+        let mut numbers = Numbers::new(20 + window as u64);
+        let (k, v) = (numbers.take(64 * D), numbers.take(64 * D));
+        // Channel d of K matters the more the higher d is; V does not matter.
+        let steep: Vec<f32> = (0..64 * D).map(|i| (i % D) as f32 * 0.01).collect();
+        let flat = vec![0f32; 64 * D];
+        let tensors = [&k, &v, &steep, &flat].map(|x| TensorRef::new(x, &shape).unwrap());
+        for calibrator in [&mut whole, &mut parts[window % 2]] {
+            let gradients = Some([&tensors[2], &tensors[3]]);
+            calibrator
+                .observe_gradients(0, &tensors[0], &tensors[1], gradients, None)
+                .unwrap();
+        }
+    }
+    let saved = Calibrator::load(&context, &model, &parts[1].save().unwrap()).unwrap();
+    parts[0].merge(&saved).unwrap();
+    for part in [Part::K, Part::V] {
+        let (a, b) = (
+            whole.statistic(0, part, Statistic::Variance).unwrap(),
+            parts[0].statistic(0, part, Statistic::Variance).unwrap(),
+        );
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-9));
+    }
+    let mut target = AllocationParams::default();
+    target.target = Target::Bits;
+    target.value = 1.5;
+    let (profile, info) = whole.allocate(&target).unwrap();
+    assert!(info.bits <= 1.5 && info.predicted_loss < info.carrier_loss);
+    let k = profile.channels(0, Part::K).unwrap();
+    assert_eq!(k[0], Channel::Carrier);
+    assert_ne!(k[D - 1], Channel::Carrier);
+    assert_eq!(
+        profile.channels(0, Part::V).unwrap(),
+        vec![Channel::Carrier; D]
+    );
+    whole.weigh_values(0, &[1.0; D]).unwrap();
+    let other = ModelParams::new(1, 1, 1, 2 * D);
+    let error = Calibrator::load(&context, &other, &whole.save().unwrap()).unwrap_err();
+    assert_eq!(error.status(), Status::Mismatch);
+}
+
+#[test]
+fn bits_go_where_the_losses_are() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let (mut k, v) = ([0.0; D], [1e-9; D]);
+    k[3] = 1.0;
+    let mut target = AllocationParams::default();
+    target.target = Target::Loss;
+    target.value = 0.5;
+    let codec = codec(Domain::Rotated);
+    let (profile, info) =
+        Profile::allocated(&context, &model, &codec, &target, [&k, &v], [&[], &[]]).unwrap();
+    assert!(info.predicted_loss <= 0.5);
+    let bits = profile.channels(0, Part::K).unwrap();
+    assert!(bits
+        .iter()
+        .enumerate()
+        .all(|(d, &b)| (b != Channel::Carrier) == (d == 3)));
+    target.value = -1.0;
+    assert!(Profile::allocated(&context, &model, &codec, &target, [&k, &v], [&[], &[]]).is_err());
+}
