@@ -97,7 +97,8 @@ static void size_views(const struct fkv_plan_object *plan, struct fkv_longcache 
     lc->chunks_most = lc->pieces_most / FKV_CHUNK_PIECES + 3;
     lc->turns_n = widest / FKV_TILE + 3;
     const int64_t stride = fkv_round16(p->model.head_dim);
-    const int64_t view = FKV_UNIT_ROWS * (FKV_CHUNK_PIECES * FKV_TILE + 2 * stride) + 2 * stride * FKV_TILE;
+    const int64_t view =
+        FKV_UNIT_ROWS * (FKV_CHUNK_PIECES * FKV_TILE + 2 * stride) + 2 * stride * FKV_TILE;
     const int64_t scan = FKV_SCAN_ROWS * (3 * stride + FKV_TILE) + stride * FKV_TILE;
     lc->scratch = fkv_max64(view, scan) + 64;
     lc->state = FKV_UNIT_ROWS * (2 * stride + 2) + 32;
