@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "attend/attend.h"
 #include "codec/rope.h"
+#include "device/device.h"
 
 #include <math.h>
 #include <string.h>
@@ -35,6 +36,7 @@ static void free_contents(struct fkv_plan_object *plan) {
 
 void fkv_plan_free(struct fkv_plan_object *plan) {
     struct fkv_cache_object *cache = plan->cache;
+    fkv_device_plan_end(plan);
     free_contents(plan);
     fkv_heap_free(&plan->ctx->heap, plan, sizeof *plan);
     fkv_cache_unref(cache);
@@ -245,9 +247,12 @@ static void leave_shared(struct fkv_workspace *a, const struct fkv_workspace *b)
 fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     struct fkv_plan_object next = {.ctx = plan->ctx, .cache = plan->cache};
     fkv_status status = set_rows(&next, batch);
-    if (status == FKV_OK)
+    const bool device = plan->cache->device != NULL;
+    if (device && status == FKV_OK)
+        status = fkv_device_plan_set(plan, &next, batch);
+    if (!device && status == FKV_OK)
         status = set_rope(&next, batch);
-    if (status == FKV_OK) {
+    if (!device && status == FKV_OK) {
         size_workspace(&next);
         status = take_workspace(&next, plan);
     }
@@ -266,7 +271,7 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     plan->cos = next.cos;
     plan->sin = next.sin;
     plan->work = next.work;
-    return FKV_OK;
+    return device ? fkv_device_plan_finish(plan) : FKV_OK;
 }
 
 /* ---- the calls of a step */
@@ -296,7 +301,7 @@ fkv_status fkv_plan_check_finite(struct fkv_plan_object *plan, const char *name,
                                  const struct fkv_view *x, int heads) {
     const int D = plan->cache->profile->model.head_dim;
     const size_t size = fkv_dtype_size(x->dtype);
-    if (plan->ctx->flags & FKV_CONTEXT_PROPAGATE_NONFINITE)
+    if (plan->ctx->cuda || plan->ctx->flags & FKV_CONTEXT_PROPAGATE_NONFINITE)
         return FKV_OK;
     for (int64_t t = 0; t < plan->tokens; t++)
         for (int h = 0; h < heads; h++) {
@@ -342,6 +347,8 @@ fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct
                            const struct fkv_view *out, const struct fkv_view *lse) {
     const struct fkv_backend_ops *ops = plan->ctx->ops;
     struct fkv_cache_object *cache = plan->cache;
+    if (cache->device)
+        return fkv_device_append(plan, layer, q, k, v, out, lse);
     fkv_status status = make_room(plan, layer);
     if (status != FKV_OK)
         return status;

@@ -47,6 +47,8 @@ struct fkv_workspace {
     size_t bytes[3];
 };
 
+struct fkv_device_plan;
+
 struct fkv_plan_object {
     _Atomic int busy;
     struct fkv_ctx *ctx;
@@ -58,6 +60,7 @@ struct fkv_plan_object {
     int64_t units;
     float *cos, *sin; /* [tokens][rope_dim / 2] */
     struct fkv_workspace work;
+    struct fkv_device_plan *device; /* of the CUDA backend */
 };
 
 fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object **out);

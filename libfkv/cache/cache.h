@@ -30,6 +30,8 @@ enum fkv_class {
     FKV_CLASS_KEPT,
     FKV_CLASS_COEFFICIENTS,
     FKV_CLASS_TABLES,
+    FKV_CLASS_BLOCKS,
+    FKV_CLASS_SCALES,
     FKV_N_CLASS
 };
 
@@ -71,13 +73,17 @@ struct fkv_layer {
     void **old_place;
 };
 
+struct fkv_device_cache;
+struct fkv_device_seq;
+
 struct fkv_seq {
     int64_t id;
     int64_t period;
     uint64_t crops;                     /* so many: plans from before one are outdated */
     struct fkv_shared_spectrum *shared; /* NULL for exact profiles */
     struct fkv_account account;         /* all that it holds, shared or not */
-    struct fkv_layer *layers;
+    struct fkv_layer *layers;           /* on the CUDA backend only the numbers of tokens and tiles */
+    struct fkv_device_seq *device;      /* CUDA: its pages */
 };
 
 /* A spectrum in use by `users` sequences. */
@@ -112,6 +118,7 @@ struct fkv_cache_object {
     struct fkv_account account;       /* everything, once */
     struct fkv_layer_layout *layouts; /* [n_layers]; NULL for exact profiles */
     struct fkv_shared_spectrum *spectra;
+    struct fkv_device_cache *device; /* of the CUDA backend, else NULL */
     struct fkv_seq **seqs; /* slots */
     int64_t n_slots;
     int64_t next_id;
@@ -225,7 +232,9 @@ fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t token
                                fkv_stats *stats);
 
 static inline int fkv_sinks(const struct fkv_profile_object *p) {
-    return p->coding == FKV_CODING_FOURIER ? p->fourier.n_sink : 0;
+    return p->coding == FKV_CODING_FOURIER      ? p->fourier.n_sink
+           : p->coding == FKV_CODING_CALIBRATED ? p->codec.n_sink
+                                                : 0;
 }
 static inline int64_t fkv_tiles_per_segment(int64_t period) {
     return period / FKV_TILE;

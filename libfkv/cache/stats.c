@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "cache/cache.h"
+#include "device/device.h"
 
 static void finish(const struct fkv_profile_object *profile, const struct fkv_account *account,
                    fkv_stats *stats) {
@@ -8,8 +9,10 @@ static void finish(const struct fkv_profile_object *profile, const struct fkv_ac
     stats->bytes_kept = account->bytes[FKV_CLASS_KEPT];
     stats->bytes_coefficients = account->bytes[FKV_CLASS_COEFFICIENTS];
     stats->bytes_tables = account->bytes[FKV_CLASS_TABLES];
-    stats->bytes =
-        stats->bytes_exact + stats->bytes_kept + stats->bytes_coefficients + stats->bytes_tables;
+    stats->bytes_blocks = account->bytes[FKV_CLASS_BLOCKS];
+    stats->bytes_scales = account->bytes[FKV_CLASS_SCALES];
+    stats->bytes = stats->bytes_exact + stats->bytes_kept + stats->bytes_coefficients +
+                   stats->bytes_tables + stats->bytes_blocks + stats->bytes_scales;
     stats->tokens_exact = stats->tokens - stats->tokens_coded;
     stats->dense_bytes =
         stats->tokens * 4 * (uint64_t)m->n_kv_heads * (uint64_t)m->head_dim * (uint64_t)m->n_layers;
@@ -28,7 +31,9 @@ void fkv_cache_count(struct fkv_cache_object *cache, const struct fkv_seq *seq, 
     if (seq) {
         add_sequence(cache, seq, stats);
         /* who else holds a page is known to the page alone */
-        for (int l = 0; cache->bytes_shared && l < cache->profile->model.n_layers; l++)
+        if (cache->device)
+            stats->bytes_shared = fkv_device_shared_bytes(cache, seq);
+        for (int l = 0; !cache->device && cache->bytes_shared && l < cache->profile->model.n_layers; l++)
             stats->bytes_shared += fkv_layer_shared_bytes(cache, seq, l);
     } else {
         for (int64_t i = 0; i < cache->n_slots; i++)
