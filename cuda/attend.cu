@@ -189,7 +189,7 @@ template <int H> __device__ void make_plane_factors(const Block<H> &b, const fkv
         if (p.channel >= 0) {
             x = q[i % H * padded + p.channel] / b.norm()[i % H] * power2(2 * p.index);
         }
-        b.template as<float>(b.at.planes)[i] = i / H % 16 < 8 ? x : x * 0.0625f;
+        b.template as<float>(b.at.planes)[i] = x;
     }
     for (int i = b.thread; i < head.k_exact * 16 * H; i += kThreads) {
         const fkv_plane p = planes[head.k_exacts + i / H];

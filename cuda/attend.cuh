@@ -4,8 +4,8 @@
  * with H = 4 the columns 0..3 hold the high parts of four heads' factors and 4..7 what rounding them left; with
  * H = 8 high and low parts take an instruction each. So 16-bit factors lose nothing that matters.
  *
- * Codes need no conversion: two bits at the bottom of an f16 are code * 2^-24, higher up a power of two more,
- * which the factors (channels) and the sums (tokens) take back. Scores are in units of log2.
+ * Codes need no conversion: two bits in the mantissa of an f16 that is else zero are code * 2^-18 or 2^-16, which
+ * scores and sums take back. Scores are in units of log2.
  */
 #ifndef FKV_CUDA_ATTEND_CUH
 #define FKV_CUDA_ATTEND_CUH
@@ -18,6 +18,7 @@ constexpr float kLowest = -1e30f; /* stands for -infinity where differences are 
 constexpr int kPBits = 10;        /* weights are held times 2^10, so that their low parts are normal */
 constexpr int kQBits = 12;        /* and queries' factors about 2^12 at most */
 constexpr int kWBits = 14;
+constexpr int kCodeBits = 18; /* codes stand times 2^-18 in rows 0..7 of a fragment */
 
 /* The factors of one panel for a lane: [high, low][columns k.., k + 8..]. */
 template <int H> struct Factors {
@@ -49,8 +50,12 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint4 &a, const Fa
     }
 }
 
-__device__ __forceinline__ uint4 planes_of(uint32_t word) {
-    return make_uint4(word & 0x00030003, word & 0x000c000c, word & 0x00300030, word & 0x00c000c0);
+/* The two fragments of a word. Codes are brought to bits 6 and 8, near the top of the mantissa: matrix units align
+ * products by exponents, those of denormals by the least one, and drop what is far below. Rows 8..15 come out
+ * times 4. */
+template <int Second> __device__ __forceinline__ uint4 planes_of(uint32_t word) {
+    const uint32_t low = Second ? word >> 2 : word << 6, high = Second ? word >> 6 : word << 2;
+    return make_uint4(low & 0x00c000c0, low & 0x03000300, high & 0x00c000c0, high & 0x03000300);
 }
 
 /* A panel's words of a lane, MT fragments. */
@@ -74,12 +79,11 @@ struct Running {
 
 /*
  * Turns scores s * f + add into weights: their maximum into r.max, their sums into `sums`, alpha[] how much what
- * was gathered before shrinks. p: the weights as factors of MT panels of tokens, those of tokens 8..15 of a panel
- * times 2^-shift.
+ * was gathered before shrinks. p: the weights as factors of MT panels of tokens.
  */
 template <typename T, int MT, int H>
 __device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2], const float (&add)[2],
-                                       int visible, int shift, int lane, Running &r,
+                                       int visible, int lane, Running &r,
                                        float (&alpha)[2], float (&sums)[2], Factors<H> (&p)[MT]) {
     const bool low = H == 4 && lane % 4 >= 2;
     float top[2] = {kLowest, kLowest};
@@ -110,7 +114,6 @@ __device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2], c
         r.max[c] = top[c];
         sums[c] = 0.0f;
     }
-    const float scale[2] = {power2(kPBits), power2(kPBits - shift)};
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll
@@ -120,7 +123,7 @@ __device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2], c
             for (int c = 0; c < 2; c++) {
                 x[c] = fast_exp2(s[i][half * 2 + c] - top[c]);
                 sums[c] += x[c];
-                x[c] *= scale[half];
+                x[c] *= power2(kPBits);
             }
             if (H == 4) {
                 uint32_t w = low ? Element<T>::pack(Element<T>::rest(x[0]), Element<T>::rest(x[1]))
@@ -186,7 +189,7 @@ __device__ __forceinline__ void exact_page(const char *k, int panels, const Fact
     const float none[2] = {0.0f, 0.0f};
     float alpha[2], sums[2];
     Factors<H> p[4];
-    soften<T, 4, H>(s, f, none, visible, 0, lane, r, alpha, sums, p);
+    soften<T, 4, H>(s, f, none, visible, lane, r, alpha, sums, p);
     const float by = power2(-kPBits);
 #pragma unroll 2
     for (int i = 0; i < panels; i++) {
@@ -280,7 +283,7 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
         }
     }
     if (h.k_exact) {
-        const float x = power2(-24 - e), y = power2(-22 - e);
+        const float x = power2(-kCodeBits - e), y = power2(2 - kCodeBits - e);
 #pragma unroll
         for (int t = 0; t < MT; t++) {
             s[t][0] *= x, s[t][1] *= x, s[t][2] *= y, s[t][3] *= y;
@@ -295,14 +298,14 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
         const float2 z0 = two_halves(k_zero + i * 32 + k * 4);
         const float2 z8 = two_halves(k_zero + i * 32 + k * 4 + 16);
         const float q0 = q[0], q1 = q[H], q8 = q[8 * H], q9 = q[9 * H];
-        base += q0 * z0.x + q1 * z0.y + 16.0f * (q8 * z8.x + q9 * z8.y);
+        base += q0 * z0.x + q1 * z0.y + q8 * z8.x + q9 * z8.y;
         Factors<H> b;
         split<__half, H>(b, q0 * (c0.x * shrink), q1 * (c0.y * shrink), q8 * (c8.x * shrink),
                          q9 * (c8.y * shrink), low);
 #pragma unroll
         for (int t = 0; t < MT / 2; t++) {
-            multiply<__half, H>(s[2 * t], planes_of(words.w[t]), b);
-            multiply<__half, H>(s[2 * t + 1], planes_of(words.w[t] >> 8), b);
+            multiply<__half, H>(s[2 * t], planes_of<0>(words.w[t]), b);
+            multiply<__half, H>(s[2 * t + 1], planes_of<1>(words.w[t]), b);
         }
     }
     base += __shfl_xor_sync(~0u, base, 1);
@@ -312,7 +315,7 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
     for (int c = 0; c < 2; c++) {
         const float norm = v.norm[column + c];
         const float carried = h.carried ? v.carrier_norm[column + c] : 1.0f;
-        const float first = norm * power2(24 + e) / carried;
+        const float first = norm * power2(kCodeBits + e) / carried;
         f[c] = carried;
         add[c] = v.constant[column + c] + norm * __shfl_sync(~0u, base, (column + c) * 4);
 #pragma unroll
@@ -326,22 +329,22 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
     }
     float alpha[2], sums[2];
     Factors<H> p[MT];
-    soften<__half, MT, H>(s, f, add, visible, 4, lane, r, alpha, sums, p);
+    soften<__half, MT, H>(s, f, add, visible, lane, r, alpha, sums, p);
     const bool adds = H == 8 || k < 2; /* zero points: once, with the high parts */
     for (int i = 0; i < h.v_steps; i++) {
         Words<MT> words;
         words.load(v_codes + i * panel, lane);
         const __half *scale = (const __half *)(v_scale + i * 32) + lane / 4;
         const __half *zero = (const __half *)(v_zero + i * 32) + lane / 4;
-        const float by0 = __half2float(scale[0]) * power2(24 - kPBits);
-        const float by8 = __half2float(scale[8]) * power2(22 - kPBits);
+        const float by0 = __half2float(scale[0]) * power2(kCodeBits - kPBits);
+        const float by8 = __half2float(scale[8]) * power2(kCodeBits - 2 - kPBits);
         const float z0 = adds ? __half2float(zero[0]) : 0.0f;
         const float z8 = adds ? __half2float(zero[8]) : 0.0f;
         float acc[4] = {};
 #pragma unroll
         for (int t = 0; t < MT / 2; t++) {
-            multiply<__half, H>(acc, planes_of(words.w[t]), p[2 * t]);
-            multiply<__half, H>(acc, planes_of(words.w[t] >> 8), p[2 * t + 1]);
+            multiply<__half, H>(acc, planes_of<0>(words.w[t]), p[2 * t]);
+            multiply<__half, H>(acc, planes_of<1>(words.w[t]), p[2 * t + 1]);
         }
         const float a0[2] = {z0 * sums[0], z0 * sums[1]}, a8[2] = {z8 * sums[0], z8 * sums[1]};
         gather(&o[i * 32 + lane], alpha, acc, by0, by8, a0, a8);
@@ -351,14 +354,7 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
         float acc[4] = {};
 #pragma unroll
         for (int t = 0; t < MT; t++) {
-            Factors<H> even = p[t];
-#pragma unroll
-            for (int j = 0; j < H / 4; j++) {
-                __half2 x = *(__half2 *)&even.b[j][1];
-                x = __hmul2(x, __float2half2_rn(16.0f));
-                even.b[j][1] = *(uint32_t *)&x;
-            }
-            multiply<__half, H>(acc, stream16(v_exact + ((i * MT + t) * 32 + lane) * 16), even);
+            multiply<__half, H>(acc, stream16(v_exact + ((i * MT + t) * 32 + lane) * 16), p[t]);
         }
         gather(&o[(h.v_steps + i) * 32 + lane], alpha, acc, by, by, none, none);
     }

@@ -699,13 +699,13 @@ static void test_bad_places(void **state) {
 static void test_memory(void **state) {
     (void)state;
     struct world w;
-    struct step s = {.count = 1, .n_new = {4000}};
+    struct step s = {.count = 1, .n_new = {20000}};
     open_world(&w, &configs[4], 2);
     OK(&w, fkv_plan_destroy(w.plan));
     OK(&w, fkv_cache_destroy(w.cache));
     fkv_cache_params p;
     fkv_cache_params_init(&p, sizeof p);
-    p.max_bytes = 6 << 20;
+    p.max_bytes = 12 << 20;
     OK(&w, fkv_cache_create(w.ctx, w.profile, &p, &w.cache));
     OK(&w, fkv_plan_create(w.cache, &w.plan));
     OK(&w, fkv_sequence_create(w.cache, NULL, &s.ids[0]));
