@@ -17,7 +17,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 /* Shared memory of a block; offsets in bytes from the start. */
 struct Shared {
-    int q, factors, planes, exacts, pairs, turned, slow, phases, out, o, stats, bytes;
+    int q, factors, planes, exacts, pairs, turned, slow, phases, out, o, ring, barriers, stats, bytes;
 };
 
 template <int H> __host__ __device__ inline Shared layout(const fkv_cuda_cache &c, int k_planes, int k_exacts) {
@@ -37,7 +37,9 @@ template <int H> __host__ __device__ inline Shared layout(const fkv_cuda_cache &
     s.slow = s.turned + 2 * fast * H * 8;
     s.phases = s.slow + (c.coded ? 2 * FKV_CUDA_CHEBYSHEV * H * 4 : 0);
     s.o = (s.phases + 2 * all * 8 + 15) / 16 * 16;
-    s.bytes = s.o + kWarps * tiles * 512;
+    s.ring = s.o + kWarps * tiles * 512; /* exact caches: what is on its way, see Ring */
+    s.barriers = s.ring + (c.coded ? 0 : kWarps * 4 * 2048);
+    s.bytes = s.barriers + (c.coded ? 0 : kWarps * 4 * 8);
     return s;
 }
 
@@ -117,7 +119,7 @@ __device__ inline int visible_tokens(const Arguments &g, const fkv_cuda_row &row
 
 template <typename T, int H>
 __device__ void exact_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
-                           Running &r, float4 *o) {
+                           Running &r, float4 *o, uint32_t &passed) {
     const fkv_cuda_cache &c = b.g.c;
     const int panels = (c.dim + 15) / 16, visible = visible_tokens(b.g, row, item);
     const uint64_t *table = (const uint64_t *)row.table + b.g.a.layer * row.slots;
@@ -125,6 +127,27 @@ __device__ void exact_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
     const int column = H == 4 ? b.lane * 2 % 4 : b.lane * 2 % 8;
     const float f[2] = {b.norm()[column], b.norm()[column + 1]};
     const Factors<H> *q = b.template as<Factors<H>>(b.at.factors);
+#if FKV_BULK
+    if (!c.coded) {
+        const int tiles = (visible - c.sinks + 63) / 64;
+        const int count = max(0, min(item.count, item.sink + max(0, tiles + 1 - item.first)));
+        const int pages = (count - b.warp + kWarps - 1) / kWarps;
+        Ring ring = {b.template as<char>(b.at.ring) + b.warp * kStages * kStage,
+                     b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
+                     table, offset, b.warp, item.sink, kWarps, panels, item.first,
+                     pages * 2 * panels, 0, 0, passed};
+        for (int i = 0; i < kStages; i++) {
+            ring.issue(b.lane);
+        }
+        for (int i = 0; i < pages; i++) {
+            const int entry = item.first + b.warp + i * kWarps - item.sink;
+            const int here = min(visible - c.sinks - (entry - 1) * 64, 64);
+            ring_page<T, H>(ring, q, f, here, b.lane, r, o);
+        }
+        passed += ring.chunks;
+        return;
+    }
+#endif
     for (int i = b.warp; i < item.count; i += kWarps) {
         const int entry = i || !item.sink ? item.first + i - item.sink : 0;
         const int first = entry ? c.sinks + (entry - 1) * 64 : 0;
@@ -407,7 +430,7 @@ __device__ void write_output(const Block<H> &b, const fkv_cuda_row &row, const f
     }
     if (b.g.a.lse.present && !b.lane) {
         *(float *)row_at(b.g.a.lse, token, head) =
-            sum == 0.0f ? -CUDART_INF_F : (top + log2f(sum)) * 0.69314718055994531f;
+            sum == 0.0f ? -CUDART_INF_F : (top - kPBits + log2f(sum)) * 0.69314718055994531f;
     }
 }
 
@@ -419,32 +442,41 @@ template <int H> __device__ void merge_parts(const Block<H> &b, const fkv_cuda_r
     const float *parts = (const float *)b.g.a.partials + (size_t)item.slot * group * stride;
     float *out = b.template as<float>(b.at.out);
     for (int h = b.warp; h < item.q_count; h += kWarps) {
-        float top = kLowest, sum = 0.0f, o[FKV_CUDA_MAX_GROUP] = {};
+        float top = kLowest, sum = 0.0f;
         for (int i = b.lane; i < item.parts; i += 32) {
             top = fmaxf(top, __ldcg(parts + ((size_t)i * group + h) * stride + c.dim));
         }
         for (int i = 16; i; i /= 2) {
             top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
         }
+        for (int i = b.lane; i < item.parts; i += 32) {
+            const float *part = parts + ((size_t)i * group + h) * stride + c.dim;
+            sum = fmaf(__ldcg(part + 1), fast_exp2(__ldcg(part) - top), sum);
+        }
+        for (int i = 16; i; i /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, i);
+        }
+        if (!b.lane) {
+            b.total_max()[h] = top;
+            b.total()[h] = sum;
+        }
+    }
+    __syncthreads();
+    for (int j = b.thread; j < item.q_count * c.dim; j += kThreads) {
+        const int h = j / c.dim, d = j % c.dim;
+        const float *part = parts + (size_t)h * stride;
+        const float top = b.total_max()[h];
+        float o = 0.0f;
+#pragma unroll 8
         for (int i = 0; i < item.parts; i++) {
-            const float *part = parts + ((size_t)i * group + h) * stride;
-            const float share = fast_exp2(__ldcg(part + c.dim) - top);
-            sum = fmaf(__ldcg(part + c.dim + 1), share, sum);
-#pragma unroll
-            for (int j = 0; j < FKV_CUDA_MAX_GROUP; j++) {
-                if (j * 32 + b.lane < c.dim) {
-                    o[j] = fmaf(__ldcg(part + j * 32 + b.lane), share, o[j]);
-                }
-            }
+            const float *at = part + (size_t)i * group * stride;
+            o = fmaf(__ldcg(at + d), fast_exp2(__ldcg(at + c.dim) - top), o);
         }
-#pragma unroll
-        for (int j = 0; j < FKV_CUDA_MAX_GROUP; j++) {
-            if (j * 32 + b.lane < c.dim) {
-                out[h * padded + j * 32 + b.lane] = o[j];
-            }
-        }
-        __syncwarp();
-        write_output(b, row, item, h, out + h * padded, top, sum);
+        out[h * padded + d] = o;
+    }
+    __syncthreads();
+    for (int h = b.warp; h < item.q_count; h += kWarps) {
+        write_output(b, row, item, h, out + h * padded, b.total_max()[h], b.total()[h]);
     }
 }
 
@@ -473,7 +505,7 @@ template <int H> __device__ void end_item(const Block<H> &b, const fkv_cuda_row 
     __threadfence();
     __syncthreads();
     if (!b.thread) {
-        unsigned *counter = (unsigned *)b.g.a.counters + item.output;
+        unsigned *counter = (unsigned *)b.g.a.counters + 1 + item.output;
         *last = atomicAdd(counter, 1) == (unsigned)item.parts - 1;
         if (*last) {
             *counter = 0;
@@ -494,7 +526,25 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
     const int padded = (g.c.dim + 15) / 16 * 16;
     const int tiles = max(g.c.panels, padded / 16), n_items = *(const int *)g.a.n_items;
     float4 *o = b.template as<float4>(b.at.o) + b.warp * tiles * 32;
-    for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
+    __shared__ int taken;
+    uint32_t passed = 0; /* chunks through this warp's ring */
+#if FKV_BULK
+    if (!g.c.coded && b.thread < kWarps * kStages) {
+        barrier_init(b.template as<uint64_t>(b.at.barriers) + b.thread);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncthreads();
+#endif
+    for (int i = blockIdx.x; i < n_items;) {
+        if (!b.thread) {
+            /* one for every item altogether; who draws the last sets the counter back */
+            unsigned *counter = (unsigned *)g.a.counters;
+            const unsigned drawn = atomicAdd(counter, 1);
+            if (drawn == (unsigned)n_items - 1) {
+                *counter = 0;
+            }
+            taken = gridDim.x + drawn;
+        }
         const fkv_cuda_item item = ((const fkv_cuda_item *)g.a.items)[i];
         const fkv_cuda_row row = ((const fkv_cuda_row *)g.a.rows)[item.row];
         fkv_cuda_head head = {};
@@ -515,7 +565,7 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
         } else {
             make_factors<T, H>(b);
             __syncthreads();
-            exact_item<T, H>(b, row, item, r, o);
+            exact_item<T, H>(b, row, item, r, o, passed);
         }
         if (b.lane < H / 2) {
             for (int c = 0; c < 2; c++) {
@@ -525,6 +575,7 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
         }
         __syncthreads();
         total_sums(b);
+        i = taken;
         __syncthreads();
         add_warps(b, item, head, tiles);
         __syncthreads();

@@ -15,7 +15,7 @@
 namespace fkv {
 
 constexpr float kLowest = -1e30f; /* stands for -infinity where differences are taken */
-constexpr int kPBits = 10;        /* weights are held times 2^10, so that their low parts are normal */
+constexpr int kPBits = 10;        /* weights, and all sums of them, are times 2^10: low parts are normal */
 constexpr int kQBits = 12;        /* and queries' factors about 2^12 at most */
 constexpr int kWBits = 14;
 constexpr int kCodeBits = 18; /* codes stand times 2^-18 in rows 0..7 of a fragment */
@@ -25,20 +25,24 @@ template <int H> struct Factors {
     uint32_t b[H / 4][2];
 };
 
+/* The high part of x, or what is left. */
+template <typename T> __device__ __forceinline__ float half_of(float x, bool low) {
+    const float high = Element<T>::high(x);
+    return low ? x - high : high;
+}
+
 /* x0, x1, x8, x9: the lane's four values of a panel, for its head. */
 template <typename T, int H>
 __device__ __forceinline__ void split(Factors<H> &f, float x0, float x1, float x8, float x9,
                                       bool low) {
     if (H == 4) {
-        f.b[0][0] = low ? Element<T>::pack(Element<T>::rest(x0), Element<T>::rest(x1))
-                        : Element<T>::pack(x0, x1);
-        f.b[0][1] = low ? Element<T>::pack(Element<T>::rest(x8), Element<T>::rest(x9))
-                        : Element<T>::pack(x8, x9);
+        f.b[0][0] = Element<T>::pack(half_of<T>(x0, low), half_of<T>(x1, low));
+        f.b[0][1] = Element<T>::pack(half_of<T>(x8, low), half_of<T>(x9, low));
     } else {
-        f.b[0][0] = Element<T>::pack(x0, x1);
-        f.b[0][1] = Element<T>::pack(x8, x9);
-        f.b[H / 4 - 1][0] = Element<T>::pack(Element<T>::rest(x0), Element<T>::rest(x1));
-        f.b[H / 4 - 1][1] = Element<T>::pack(Element<T>::rest(x8), Element<T>::rest(x9));
+        f.b[0][0] = Element<T>::pack(half_of<T>(x0, false), half_of<T>(x1, false));
+        f.b[0][1] = Element<T>::pack(half_of<T>(x8, false), half_of<T>(x9, false));
+        f.b[H / 4 - 1][0] = Element<T>::pack(half_of<T>(x0, true), half_of<T>(x1, true));
+        f.b[H / 4 - 1][1] = Element<T>::pack(half_of<T>(x8, true), half_of<T>(x9, true));
     }
 }
 
@@ -95,13 +99,24 @@ __device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2], c
             if (H == 4) {
                 x += __shfl_xor_sync(~0u, x, 2);
             }
-            x = fmaf(x, f[j % 2], add[j % 2]);
-            if (visible < MT * 16 && i * 16 + lane / 4 + j / 2 * 8 >= visible) {
-                x = -INFINITY;
-            }
-            s[i][j] = x;
-            top[j % 2] = fmaxf(top[j % 2], x);
+            s[i][j] = fmaf(x, f[j % 2], add[j % 2]);
         }
+    }
+    if (visible < MT * 16) {
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (i * 16 + lane / 4 + j / 2 * 8 >= visible) {
+                    s[i][j] = -INFINITY;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+        top[0] = fmaxf(top[0], fmaxf(s[i][0], s[i][2]));
+        top[1] = fmaxf(top[1], fmaxf(s[i][1], s[i][3]));
     }
 #pragma unroll
     for (int c = 0; c < 2; c++) {
@@ -114,6 +129,7 @@ __device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2], c
         r.max[c] = top[c];
         sums[c] = 0.0f;
     }
+    const float shifted[2] = {top[0] - kPBits, top[1] - kPBits};
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll
@@ -121,18 +137,17 @@ __device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2], c
             float x[2];
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                x[c] = fast_exp2(s[i][half * 2 + c] - top[c]);
+                x[c] = fast_exp2(s[i][half * 2 + c] - shifted[c]);
                 sums[c] += x[c];
-                x[c] *= power2(kPBits);
             }
             if (H == 4) {
-                uint32_t w = low ? Element<T>::pack(Element<T>::rest(x[0]), Element<T>::rest(x[1]))
-                                 : Element<T>::pack(x[0], x[1]);
-                p[i].b[0][half] = transpose(w);
+                p[i].b[0][half] =
+                    transpose(Element<T>::pack(half_of<T>(x[0], low), half_of<T>(x[1], low)));
             } else {
-                p[i].b[0][half] = transpose(Element<T>::pack(x[0], x[1]));
-                p[i].b[H / 4 - 1][half] = transpose(
-                    Element<T>::pack(Element<T>::rest(x[0]), Element<T>::rest(x[1])));
+                p[i].b[0][half] =
+                    transpose(Element<T>::pack(half_of<T>(x[0], false), half_of<T>(x[1], false)));
+                p[i].b[H / 4 - 1][half] =
+                    transpose(Element<T>::pack(half_of<T>(x[0], true), half_of<T>(x[1], true)));
             }
         }
     }
@@ -190,7 +205,6 @@ __device__ __forceinline__ void exact_page(const char *k, int panels, const Fact
     float alpha[2], sums[2];
     Factors<H> p[4];
     soften<T, 4, H>(s, f, none, visible, lane, r, alpha, sums, p);
-    const float by = power2(-kPBits);
 #pragma unroll 2
     for (int i = 0; i < panels; i++) {
         uint4 a[4];
@@ -203,9 +217,77 @@ __device__ __forceinline__ void exact_page(const char *k, int panels, const Fact
         for (int t = 0; t < 4; t++) {
             multiply<T, H>(acc, a[t], p[t]);
         }
-        gather(&o[i * 32 + lane], alpha, acc, by, by, none, none);
+        gather(&o[i * 32 + lane], alpha, acc, 1.0f, 1.0f, none, none);
     }
 }
+
+#if FKV_BULK
+constexpr int kStages = 4;
+constexpr int kStage = 2048; /* a panel of a page */
+
+/* A warp's pages on their way through shared memory, panel after panel. */
+struct Ring {
+    char *memory;
+    uint64_t *barriers;
+    const uint64_t *table;
+    size_t offset;
+    int first, sink, step, panels; /* page i is number first + i * step of the item */
+    int base;                      /* entry of the item's first page; the sink page comes before it */
+    int chunks, issued, taken;     /* of this item */
+    uint32_t before;               /* chunks of earlier items */
+
+    __device__ __forceinline__ void issue(int lane) {
+        if (issued < chunks && !lane) {
+            const int page = first + issued / (2 * panels) * step;
+            const uint64_t at = table[sink && !page ? 0 : base + page - sink];
+            const uint32_t stage = (before + issued) % kStages;
+            bulk_copy(memory + stage * kStage, (const char *)at + offset + issued % (2 * panels) * kStage, kStage,
+                      &barriers[stage]);
+        }
+        issued++;
+    }
+    __device__ __forceinline__ const uint4 *wait() const {
+        const uint32_t n = before + taken, stage = n % kStages;
+        barrier_wait(&barriers[stage], n / kStages & 1);
+        return (const uint4 *)(memory + stage * kStage);
+    }
+    __device__ __forceinline__ void next(int lane) {
+        taken++;
+        __syncwarp();
+        issue(lane);
+    }
+};
+
+/* exact_page() with panels from a ring. */
+template <typename T, int H>
+__device__ __forceinline__ void ring_page(Ring &ring, const Factors<H> *q, const float (&f)[2], int visible,
+                                          int lane, Running &r, float4 *o) {
+    float s[4][4] = {};
+    for (int i = 0; i < ring.panels; i++) {
+        const uint4 *panel = ring.wait() + lane;
+        const Factors<H> b = q[i * 32 + lane];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            multiply<T, H>(s[t], panel[t * 32], b);
+        }
+        ring.next(lane);
+    }
+    const float none[2] = {0.0f, 0.0f};
+    float alpha[2], sums[2];
+    Factors<H> p[4];
+    soften<T, 4, H>(s, f, none, visible, lane, r, alpha, sums, p);
+    for (int i = 0; i < ring.panels; i++) {
+        const uint4 *panel = ring.wait() + lane;
+        float acc[4] = {};
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            multiply<T, H>(acc, panel[t * 32], p[t]);
+        }
+        ring.next(lane);
+        gather(&o[i * 32 + lane], alpha, acc, 1.0f, 1.0f, none, none);
+    }
+}
+#endif
 
 __device__ __forceinline__ float2 two_halves(const char *p) {
     return __half22float2(*(const __half2 *)p);
@@ -289,9 +371,15 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
             s[t][0] *= x, s[t][1] *= x, s[t][2] *= y, s[t][3] *= y;
         }
     }
+    Words<MT> ahead;
+    if (h.k_steps) {
+        ahead.load(blob, lane);
+    }
     for (int i = 0; i < h.k_steps; i++) {
-        Words<MT> words;
-        words.load(blob + i * panel, lane);
+        const Words<MT> words = ahead;
+        if (i + 1 < h.k_steps) {
+            ahead.load(blob + (i + 1) * panel, lane);
+        }
         const float *q = v.planes + (i * 16 + 2 * k) * H + head;
         const float2 c0 = two_halves(k_scale + i * 32 + k * 4);
         const float2 c8 = two_halves(k_scale + i * 32 + k * 4 + 16);
@@ -307,6 +395,9 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
             multiply<__half, H>(s[2 * t], planes_of<0>(words.w[t]), b);
             multiply<__half, H>(s[2 * t + 1], planes_of<1>(words.w[t]), b);
         }
+    }
+    if (h.v_steps) {
+        ahead.load(v_codes, lane);
     }
     base += __shfl_xor_sync(~0u, base, 1);
     base += __shfl_xor_sync(~0u, base, 2);
@@ -332,12 +423,14 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
     soften<__half, MT, H>(s, f, add, visible, lane, r, alpha, sums, p);
     const bool adds = H == 8 || k < 2; /* zero points: once, with the high parts */
     for (int i = 0; i < h.v_steps; i++) {
-        Words<MT> words;
-        words.load(v_codes + i * panel, lane);
+        const Words<MT> words = ahead;
+        if (i + 1 < h.v_steps) {
+            ahead.load(v_codes + (i + 1) * panel, lane);
+        }
         const __half *scale = (const __half *)(v_scale + i * 32) + lane / 4;
         const __half *zero = (const __half *)(v_zero + i * 32) + lane / 4;
-        const float by0 = __half2float(scale[0]) * power2(kCodeBits - kPBits);
-        const float by8 = __half2float(scale[8]) * power2(kCodeBits - 2 - kPBits);
+        const float by0 = __half2float(scale[0]) * power2(kCodeBits);
+        const float by8 = __half2float(scale[8]) * power2(kCodeBits - 2);
         const float z0 = adds ? __half2float(zero[0]) : 0.0f;
         const float z8 = adds ? __half2float(zero[8]) : 0.0f;
         float acc[4] = {};
@@ -350,13 +443,13 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
         gather(&o[i * 32 + lane], alpha, acc, by0, by8, a0, a8);
     }
     for (int i = 0; i < h.v_exact; i++) {
-        const float none[2] = {0.0f, 0.0f}, by = power2(-kPBits);
+        const float none[2] = {0.0f, 0.0f};
         float acc[4] = {};
 #pragma unroll
         for (int t = 0; t < MT; t++) {
             multiply<__half, H>(acc, stream16(v_exact + ((i * MT + t) * 32 + lane) * 16), p[t]);
         }
-        gather(&o[(h.v_steps + i) * 32 + lane], alpha, acc, by, by, none, none);
+        gather(&o[(h.v_steps + i) * 32 + lane], alpha, acc, 1.0f, 1.0f, none, none);
     }
 }
 

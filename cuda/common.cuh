@@ -36,6 +36,44 @@ __device__ __forceinline__ void prefetch(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FKV_BULK 1 /* copies by the copy engine */
+#else
+#define FKV_BULK 0
+#endif
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+#if FKV_BULK
+__device__ __forceinline__ void barrier_init(uint64_t *barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+/* One thread: `bytes` from p to shared memory; the barrier's phase ends when they are there. */
+__device__ __forceinline__ void bulk_copy(void *to, const void *p, uint32_t bytes, uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(p), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again%=:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again%=;\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+#endif
+
 template <typename T> struct Element;
 
 template <> struct Element<__half> {
@@ -43,9 +81,9 @@ template <> struct Element<__half> {
         __half2 h = __floats2half2_rn(a, b);
         return *reinterpret_cast<uint32_t *>(&h);
     }
-    /* What is left of x after rounding it. */
-    static __device__ __forceinline__ float rest(float x) {
-        return x - __half2float(__float2half_rn(x));
+    /* x cut off to as many bits as an element has. */
+    static __device__ __forceinline__ float high(float x) {
+        return __uint_as_float(__float_as_uint(x) & 0xffffe000);
     }
     static __device__ __forceinline__ void mma(float (&c)[4], const uint4 &a, uint32_t b0,
                                                uint32_t b1) {
@@ -67,8 +105,8 @@ template <> struct Element<__nv_bfloat16> {
         __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
         return *reinterpret_cast<uint32_t *>(&h);
     }
-    static __device__ __forceinline__ float rest(float x) {
-        return x - __bfloat162float(__float2bfloat16_rn(x));
+    static __device__ __forceinline__ float high(float x) {
+        return __uint_as_float(__float_as_uint(x) & 0xffff0000);
     }
     static __device__ __forceinline__ void mma(float (&c)[4], const uint4 &a, uint32_t b0,
                                                uint32_t b1) {

@@ -124,7 +124,7 @@ struct fkv_cuda_attend {
     uint64_t n_items;           /* int32_t, on the device */
     uint64_t rope;              /* float [2][pairs][rope_capacity] */
     uint64_t partials;          /* float [slots][group][D + 2] */
-    uint64_t counters;          /* uint32_t [outputs], zero between launches */
+    uint64_t counters;          /* uint32_t: items taken, then [outputs] parts done; zero between launches */
     int64_t rope_capacity;
     int32_t layer, appended;
     int32_t grid, padding;

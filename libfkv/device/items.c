@@ -90,7 +90,8 @@ static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_
         for (int h = 0; h < d->c.n_kv_heads; h++) {
             const struct output o = cut_output(d, layer, h, &e, most);
             const int64_t times = plan->rows[i].n_new * subgroups(d);
-            items += (o.coded.parts + o.exact.parts) * times;
+            /* a short tail is done by whoever is ready first */
+            items += (o.coded.parts + (o.coded.parts && o.exact.steps == 1 ? 0 : o.exact.parts)) * times;
             *cost += (o.coded.steps * (d->c.coded ? span_cost(d, layer, h) : 0) +
                       o.exact.steps * page_cost(d)) *
                      times;
@@ -104,12 +105,14 @@ static int64_t choose_cost(const struct fkv_plan_object *plan, int layer, int64_
     const int64_t grid = plan->ctx->multiprocessors * BLOCKS_PER_PROCESSOR;
     int64_t cost;
     const int64_t least = count_items(plan, layer, INT64_MAX, &cost);
+    const int64_t outputs = plan->tokens * plan->cache->device->c.n_kv_heads * subgroups(plan->cache->device);
     int64_t most = fkv_max64(1, cost / grid);
     *items = count_items(plan, layer, most, &cost);
     while (*items > grid && *items > least) {
         most += most / 16 + 1;
         *items = count_items(plan, layer, most, &cost);
     }
+    *items += outputs; /* the tails */
     return most;
 }
 
@@ -136,20 +139,25 @@ static void write_range(struct writer *w, struct fkv_cuda_item item, const struc
 }
 
 static void write_output(struct writer *w, const struct fkv_device_cache *d, struct fkv_cuda_item item,
-                         const struct extent *e, const struct output *o) {
-    int32_t part = 0;
+                         const struct extent *e, const struct output *o, bool coded) {
+    int32_t part = coded ? 0 : (int32_t)o->coded.parts;
     item.parts = (int32_t)(o->coded.parts + o->exact.parts);
     item.output = w->outputs++;
     item.slot = w->slots;
     w->slots += item.parts > 1 ? item.parts : 0;
-    write_range(w, item, &o->coded, 0, d->c.coded ? e->coded * FKV_TILE / d->c.unit : 0, FKV_SPAN, true,
-                &part);
+    if (coded) {
+        write_range(w, item, &o->coded, 0, d->c.coded ? e->coded * FKV_TILE / d->c.unit : 0, FKV_SPAN,
+                    true, &part);
+        return;
+    }
     item.sink = e->sink;
     write_range(w, item, &o->exact, e->first, e->last - e->first + e->sink, WARPS, false, &part);
 }
 
-static void write_items(const struct fkv_plan_object *plan, int layer, int64_t most, struct writer *w) {
+/* Coded ranges come first: blocks take items in this order, and what is short should end the launch. */
+static void write_items(const struct fkv_plan_object *plan, int layer, int64_t most, struct writer *w, bool coded) {
     const struct fkv_device_cache *d = plan->cache->device;
+    w->outputs = w->slots = 0;
     for (int64_t i = 0; i < plan->n_rows; i++) {
         const struct extent e = extent_of(plan, layer, i);
         for (int h = 0; h < d->c.n_kv_heads; h++) {
@@ -164,7 +172,7 @@ static void write_items(const struct fkv_plan_object *plan, int layer, int64_t m
                         .q_first = s * FKV_CUDA_MAX_GROUP,
                         .q_count = left < FKV_CUDA_MAX_GROUP ? left : FKV_CUDA_MAX_GROUP,
                     };
-                    write_output(w, d, item, &e, &o);
+                    write_output(w, d, item, &e, &o, coded);
                 }
             }
         }
@@ -212,7 +220,7 @@ static fkv_status need_results(struct fkv_plan_object *plan, int64_t slots, int6
     const struct fkv_cuda_cache *c = &plan->cache->device->c;
     const int group = c->group < FKV_CUDA_MAX_GROUP ? c->group : FKV_CUDA_MAX_GROUP;
     const size_t partials = (size_t)slots * (size_t)group * (size_t)(c->dim + 2) * sizeof(float);
-    const size_t counters = (size_t)outputs * sizeof(uint32_t);
+    const size_t counters = (size_t)(outputs + 1) * sizeof(uint32_t); /* and of items taken */
     if (p->captured && (partials > p->partials.bytes || counters > p->counters.bytes)) {
         return fkv_fail(plan->ctx, FKV_ERR_STATE, "the step outgrew the captured plan: capture again");
     }
@@ -247,7 +255,8 @@ fkv_status fkv_device_make_items(struct fkv_plan_object *plan, int layer) {
         return status;
     }
     struct writer w = {.items = (struct fkv_cuda_item *)(void *)((char *)memory + 16)};
-    write_items(plan, layer, most, &w);
+    write_items(plan, layer, most, &w, true);
+    write_items(plan, layer, most, &w, false);
     memset(memory, 0, 16);
     memcpy(memory, &w.n, sizeof w.n);
     const size_t stride = 16 + (size_t)p->item_capacity * sizeof(struct fkv_cuda_item);
