@@ -17,10 +17,14 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 /* Shared memory of a block; offsets in bytes from the start. */
 struct Shared {
-    int q, factors, planes, exacts, pairs, turned, slow, phases, out, o, ring, barriers, stats, bytes;
+    int scales; /* [warps][2] of a unit, its exponent behind */
+    int scales_bytes;
+    int q, factors, planes, exacts, pairs, turned, slow, phases, out, o, ring, barriers, stats,
+        bytes;
 };
 
-template <int H> __host__ __device__ inline Shared layout(const fkv_cuda_cache &c, int k_planes, int k_exacts) {
+template <int H>
+__host__ __device__ inline Shared layout(const fkv_cuda_cache &c, int k_planes, int k_exacts) {
     const int padded = (c.dim + 15) / 16 * 16, pairs = c.rope_dim / 2;
     const int fast = c.coded ? c.fast : 0, turned = c.coded ? pairs : 0;
     const int tiles = c.panels > padded / 16 ? c.panels : padded / 16;
@@ -37,7 +41,10 @@ template <int H> __host__ __device__ inline Shared layout(const fkv_cuda_cache &
     s.slow = s.turned + 2 * fast * H * 8;
     s.phases = s.slow + (c.coded ? 2 * FKV_CUDA_CHEBYSHEV * H * 4 : 0);
     s.o = (s.phases + 2 * all * 8 + 15) / 16 * 16;
-    s.ring = s.o + kWarps * tiles * 512; /* exact caches: what is on its way, see Ring */
+    s.scales = s.o + kWarps * tiles * 512;
+    s.scales_bytes = c.coded ? k_planes * 4 + c.panels * 64 + 16 : 0;
+    s.ring =
+        s.scales + kWarps * 2 * s.scales_bytes; /* exact caches: what is on its way, see Ring */
     s.barriers = s.ring + (c.coded ? 0 : kWarps * 4 * 2048);
     s.bytes = s.barriers + (c.coded ? 0 : kWarps * 4 * 8);
     return s;
@@ -57,16 +64,33 @@ template <int H> struct Block {
 
     __device__ Block(const Arguments &args, char *memory)
         : g(args), at(layout<H>(args.c, args.k_planes, args.k_exacts)), shared(memory),
-          thread(threadIdx.x), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+          thread(threadIdx.x), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
+    }
 
-    template <typename X> __device__ X *as(int offset) const { return (X *)(shared + offset); }
-    __device__ float *maxima() const { return as<float>(at.stats); }
-    __device__ float *sums() const { return maxima() + kWarps * H; }
-    __device__ float *norm() const { return sums() + kWarps * H; }
-    __device__ float *carrier_norm() const { return norm() + H; }
-    __device__ float *constant() const { return norm() + 2 * H; }
-    __device__ float *total_max() const { return norm() + 3 * H; }
-    __device__ float *total() const { return norm() + 4 * H; }
+    template <typename X> __device__ X *as(int offset) const {
+        return (X *)(shared + offset);
+    }
+    __device__ float *maxima() const {
+        return as<float>(at.stats);
+    }
+    __device__ float *sums() const {
+        return maxima() + kWarps * H;
+    }
+    __device__ float *norm() const {
+        return sums() + kWarps * H;
+    }
+    __device__ float *carrier_norm() const {
+        return norm() + H;
+    }
+    __device__ float *constant() const {
+        return norm() + 2 * H;
+    }
+    __device__ float *total_max() const {
+        return norm() + 3 * H;
+    }
+    __device__ float *total() const {
+        return norm() + 4 * H;
+    }
 };
 
 /* q, rotated and in units of log2; a power of two to which its largest element belongs. */
@@ -75,15 +99,15 @@ __device__ void load_query(const Block<H> &b, const fkv_cuda_row &row, const fkv
     const fkv_cuda_cache &c = b.g.c;
     const int padded = (c.dim + 15) / 16 * 16;
     const int64_t token = row.offset + item.query;
-    const float *rope = (const float *)b.g.a.rope + row.rope_offset + row.base + item.query - row.rope_first;
+    const float *rope =
+        (const float *)b.g.a.rope + row.rope_offset + row.base + item.query - row.rope_first;
     float *q = b.template as<float>(b.at.q);
     for (int h = b.warp; h < H; h += kWarps) {
         float most = 0.0f;
         for (int d = b.lane; d < padded; d += 32) {
             float x = 0.0f;
             if (h < item.q_count && d < c.dim) {
-                const char *from =
-                    row_at(b.g.a.q, token, item.head * c.group + item.q_first + h);
+                const char *from = row_at(b.g.a.q, token, item.head * c.group + item.q_first + h);
                 x = rotated(c, from, b.g.a.q.dtype, d, rope, b.g.a.rope_capacity) *
                     (c.scale * kLog2e);
             }
@@ -134,8 +158,17 @@ __device__ void exact_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
         const int pages = (count - b.warp + kWarps - 1) / kWarps;
         Ring ring = {b.template as<char>(b.at.ring) + b.warp * kStages * kStage,
                      b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
-                     table, offset, b.warp, item.sink, kWarps, panels, item.first,
-                     pages * 2 * panels, 0, 0, passed};
+                     table,
+                     offset,
+                     b.warp,
+                     item.sink,
+                     kWarps,
+                     panels,
+                     item.first,
+                     pages * 2 * panels,
+                     0,
+                     0,
+                     passed};
         for (int i = 0; i < kStages; i++) {
             ring.issue(b.lane);
         }
@@ -165,12 +198,13 @@ __device__ void exact_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
 }
 
 /* Queries times carriers: [pairs][H] (a, b), and what does not turn. */
-template <int H>
-__device__ void weigh_carriers(const Block<H> &b, const fkv_cuda_item &item) {
+template <int H> __device__ void weigh_carriers(const Block<H> &b, const fkv_cuda_item &item) {
     const fkv_cuda_cache &c = b.g.c;
     const int pairs = c.rope_dim / 2, all = max(pairs, c.fast), padded = (c.dim + 15) / 16 * 16;
-    const float *mu = (const float *)c.carriers +
-                      ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
+    const float *mu =
+        (const float *)c.carriers + ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
+    const uint8_t *kinds =
+        (const uint8_t *)c.kinds + ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
     const float *q = b.template as<float>(b.at.q);
     float2 *to = b.template as<float2>(b.at.pairs);
     for (int h = b.warp; h < H; h += kWarps) {
@@ -180,7 +214,9 @@ __device__ void weigh_carriers(const Block<H> &b, const fkv_cuda_item &item) {
             if (j < pairs) {
                 const int d = c.rope_layout == 2 ? 2 * j : j;
                 const int e = c.rope_layout == 2 ? d + 1 : d + pairs;
-                const float qd = q[h * padded + d], qe = q[h * padded + e];
+                /* exact channels are held with their carriers */
+                const float qd = kinds[d] == 2 ? 0.0f : q[h * padded + d];
+                const float qe = kinds[e] == 2 ? 0.0f : q[h * padded + e];
                 w.x = (float)c.rope_scaling * (qd * mu[d] + qe * mu[e]);
                 w.y = (float)c.rope_scaling * (qe * mu[d] - qd * mu[e]);
             }
@@ -188,7 +224,7 @@ __device__ void weigh_carriers(const Block<H> &b, const fkv_cuda_item &item) {
             sum += fabsf(w.x) + fabsf(w.y);
         }
         for (int d = c.rope_dim + b.lane; d < c.dim; d += 32) {
-            rest += q[h * padded + d] * mu[d];
+            rest += kinds[d] == 2 ? 0.0f : q[h * padded + d] * mu[d];
         }
         for (int i = 16; i; i /= 2) {
             sum += __shfl_xor_sync(~0u, sum, i);
@@ -223,15 +259,9 @@ template <int H> __device__ void make_plane_factors(const Block<H> &b, const fkv
 
 /* Norms hold for the factors times the largest plane too. */
 template <int H> __device__ void widen_norms(const Block<H> &b, const fkv_cuda_head &head) {
-    const fkv_plane *planes = (const fkv_plane *)b.g.c.planes;
-    if (b.thread >= H) {
-        return;
+    if (b.thread < H) {
+        b.norm()[b.thread] *= power2(2 * head.top_plane);
     }
-    int most = 0;
-    for (int i = 0; i < head.k_steps * 16; i++) {
-        most = max(most, (int)planes[head.k_planes + i].index);
-    }
-    b.norm()[b.thread] *= power2(2 * most);
 }
 
 /* cos and sin of the pairs' angles: at the span's start, or at its middle for slow pairs. */
@@ -281,7 +311,8 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
                            const fkv_cuda_head &head, Running &r, float4 *o) {
     const fkv_cuda_cache &c = b.g.c;
     const uint64_t *table = (const uint64_t *)row.table + b.g.a.layer * row.slots + 1;
-    const int tiles = c.units_per_block * c.unit / 64, unit_bytes = ((const int *)c.unit_bytes)[b.g.a.layer];
+    const int tiles = c.units_per_block * c.unit / 64,
+              unit_bytes = ((const int *)c.unit_bytes)[b.g.a.layer];
     const int visible = visible_tokens(b.g, row, item) - c.sinks;
     CodedView<H> v;
     v.head = head;
@@ -305,6 +336,25 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
         __syncthreads();
         turn_weights(b, phases, turned, slow);
     }
+    const int scales_at = head.bytes - (head.k_steps + head.v_steps) * 64 - 16;
+    const auto unit_at = [&](int unit) {
+        return (const char *)table[unit / c.units_per_block * tiles] +
+               unit % c.units_per_block * (size_t)unit_bytes + head.offset;
+    };
+    const auto fetch_scales = [&](const char *blob, char *to) {
+        for (int j = b.lane; j * 16 < head.bytes - scales_at; j += 32) {
+            copy_async(to + j * 16, blob + scales_at + j * 16);
+        }
+        copies_commit();
+    };
+    /* addresses of the warp's next two units: the second one is on its way while the first is worked on */
+    const int end = item.first + item.count;
+    const char *next = nullptr, *second = nullptr;
+    if (item.first + b.warp < end) {
+        next = unit_at(item.first + b.warp);
+        second = unit_at(min(item.first + b.warp + FKV_SPAN, end - 1));
+        fetch_scales(next, b.template as<char>(b.at.scales) + b.warp * 2 * b.at.scales_bytes);
+    }
     for (int i = 0; i < spans; i++) {
         const int at = i & 1, other = at ^ 1;
         if (head.carried) {
@@ -317,21 +367,26 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
         }
         const int unit = (first + i) * FKV_SPAN + b.warp;
         const int here = min(visible - unit * c.unit, c.unit);
-        if (unit >= item.first + item.count || here <= 0) {
+        if (unit >= end || here <= 0) {
             continue;
         }
-        const char *block = (const char *)table[unit / c.units_per_block * tiles];
-        const char *blob = block + unit % c.units_per_block * (size_t)unit_bytes + head.offset;
-        if (unit + FKV_SPAN < item.first + item.count) {
-            const int ahead = unit + FKV_SPAN;
-            const char *next = (const char *)table[ahead / c.units_per_block * tiles] +
-                               ahead % c.units_per_block * (size_t)unit_bytes + head.offset;
-            for (int j = b.lane; j * 128 < head.bytes; j += 32) {
+        char *scales = b.template as<char>(b.at.scales) + (b.warp * 2 + at) * b.at.scales_bytes;
+        const int ahead = unit + FKV_SPAN;
+        const char *blob = next;
+        __syncwarp();
+        if (ahead < end) {
+            next = second;
+            second = unit_at(min(ahead + FKV_SPAN, end - 1));
+            for (int j = b.lane; j * 128 < scales_at; j += 32) {
                 prefetch(next + j * 128);
             }
+            fetch_scales(next, b.template as<char>(b.at.scales) +
+                                   (b.warp * 2 + other) * b.at.scales_bytes);
         }
-        coded_unit<MT, H>(blob, v, turned + at * c.fast * H, slow + at * slow_size, b.warp, here,
-                          b.lane, r, o);
+        copies_wait(ahead < end);
+        __syncwarp();
+        coded_unit<MT, H>(blob, scales, v, turned + at * c.fast * H, slow + at * slow_size, b.warp,
+                          here, b.lane, r, o);
     }
 }
 
@@ -386,7 +441,8 @@ template <int H> __device__ void total_sums(const Block<H> &b) {
 }
 
 template <int H>
-__device__ void add_warps(const Block<H> &b, const fkv_cuda_item &item, const fkv_cuda_head &head, int tiles) {
+__device__ void add_warps(const Block<H> &b, const fkv_cuda_item &item, const fkv_cuda_head &head,
+                          int tiles) {
     const fkv_cuda_cache &c = b.g.c;
     const int padded = (c.dim + 15) / 16 * 16;
     float *out = b.template as<float>(b.at.out);
@@ -404,9 +460,11 @@ __device__ void add_warps(const Block<H> &b, const fkv_cuda_item &item, const fk
     }
     const float *mu = (const float *)c.carriers +
                       ((size_t)(b.g.a.layer * 2 + 1) * c.n_kv_heads + item.head) * c.dim;
+    const uint8_t *kinds = (const uint8_t *)c.kinds +
+                           ((size_t)(b.g.a.layer * 2 + 1) * c.n_kv_heads + item.head) * c.dim;
     for (int i = b.thread; i < padded * H; i += kThreads) {
         const int d = i / H, h = i % H;
-        out[h * padded + d] = d < c.dim ? b.total()[h] * mu[d] : 0.0f;
+        out[h * padded + d] = d < c.dim && kinds[d] != 2 ? b.total()[h] * mu[d] : 0.0f;
     }
     const fkv_plane *planes = (const fkv_plane *)c.planes;
     for (int index = 0; index < 4; index++) {
@@ -418,8 +476,8 @@ __device__ void add_warps(const Block<H> &b, const fkv_cuda_item &item, const fk
 }
 
 template <int H>
-__device__ void write_output(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item, int h,
-                             const float *o, float top, float sum) {
+__device__ void write_output(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                             int h, const float *o, float top, float sum) {
     const fkv_cuda_cache &c = b.g.c;
     const int64_t token = row.offset + item.query;
     const int head = item.head * c.group + item.q_first + h;
@@ -435,7 +493,8 @@ __device__ void write_output(const Block<H> &b, const fkv_cuda_row &row, const f
 }
 
 /* The parts of one output, in order. */
-template <int H> __device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item) {
+template <int H>
+__device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item) {
     const fkv_cuda_cache &c = b.g.c;
     const int stride = c.dim + 2, group = min(c.group, FKV_CUDA_MAX_GROUP);
     const int padded = (c.dim + 15) / 16 * 16;
@@ -480,8 +539,9 @@ template <int H> __device__ void merge_parts(const Block<H> &b, const fkv_cuda_r
     }
 }
 
-template <int H> __device__ void end_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
-                                          unsigned *last) {
+template <int H>
+__device__ void end_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                         unsigned *last) {
     const fkv_cuda_cache &c = b.g.c;
     const int padded = (c.dim + 15) / 16 * 16;
     const float *out = b.template as<float>(b.at.out);
@@ -524,7 +584,7 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
     __shared__ unsigned last;
     const Block<H> b(g, memory);
     const int padded = (g.c.dim + 15) / 16 * 16;
-    const int tiles = max(g.c.panels, padded / 16), n_items = *(const int *)g.a.n_items;
+    const int tiles = max(g.c.panels, padded / 16), n_items = __ldg((const int *)g.a.n_items);
     float4 *o = b.template as<float4>(b.at.o) + b.warp * tiles * 32;
     __shared__ int taken;
     uint32_t passed = 0; /* chunks through this warp's ring */
@@ -584,8 +644,12 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
     }
 }
 
-template <typename T, int MT, int H>
-cudaError_t launch(const Arguments &g, cudaStream_t stream) {
+inline int bytes_of(const Arguments &g) {
+    return g.c.group <= 4 ? layout<4>(g.c, g.k_planes, g.k_exacts).bytes
+                          : layout<8>(g.c, g.k_planes, g.k_exacts).bytes;
+}
+
+template <typename T, int MT, int H> cudaError_t launch(const Arguments &g, cudaStream_t stream) {
     const Shared at = layout<H>(g.c, g.k_planes, g.k_exacts);
     static int allowed[64]; /* by device; the attribute may be set twice, that is harmless */
     int device;
@@ -593,6 +657,11 @@ cudaError_t launch(const Arguments &g, cudaStream_t stream) {
     if (e == cudaSuccess && (device >= 64 || allowed[device] < at.bytes)) {
         e = cudaFuncSetAttribute(attend_kernel<T, MT, H>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
+        if (e == cudaSuccess) {
+            e = cudaFuncSetAttribute(attend_kernel<T, MT, H>,
+                                     cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     fkv_cuda_carveout(at.bytes));
+        }
         if (e == cudaSuccess && device < 64) {
             allowed[device] = at.bytes;
         }
@@ -619,4 +688,9 @@ cudaError_t fkv_cuda_attend_launch(const fkv_cuda_cache &c, const fkv_cuda_atten
                     : fkv::by_heads<__nv_bfloat16, 4>(g, stream);
     }
     return half ? fkv::by_heads<__half, 8>(g, stream) : fkv::by_heads<__nv_bfloat16, 8>(g, stream);
+}
+
+int fkv_cuda_attend_shared(const fkv_cuda_cache &c) {
+    const fkv::Arguments g = {c, {}, c.coded ? c.most_k_planes : 0, c.coded ? c.most_k_exacts : 0};
+    return fkv::bytes_of(g);
 }

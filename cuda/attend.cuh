@@ -15,15 +15,13 @@
 namespace fkv {
 
 constexpr float kLowest = -1e30f; /* stands for -infinity where differences are taken */
-constexpr int kPBits = 10;        /* weights, and all sums of them, are times 2^10: low parts are normal */
-constexpr int kQBits = 12;        /* and queries' factors about 2^12 at most */
+constexpr int kPBits = 10; /* weights, and all sums of them, are times 2^10: low parts are normal */
+constexpr int kQBits = 12; /* and queries' factors about 2^12 at most */
 constexpr int kWBits = 14;
 constexpr int kCodeBits = 18; /* codes stand times 2^-18 in rows 0..7 of a fragment */
 
 /* The factors of one panel for a lane: [high, low][columns k.., k + 8..]. */
-template <int H> struct Factors {
-    uint32_t b[H / 4][2];
-};
+template <int H> struct Factors { uint32_t b[H / 4][2]; };
 
 /* The high part of x, or what is left. */
 template <typename T> __device__ __forceinline__ float half_of(float x, bool low) {
@@ -86,8 +84,8 @@ struct Running {
  * was gathered before shrinks. p: the weights as factors of MT panels of tokens.
  */
 template <typename T, int MT, int H>
-__device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2], const float (&add)[2],
-                                       int visible, int lane, Running &r,
+__device__ __forceinline__ void soften(float (&s)[MT][4], const float (&f)[2],
+                                       const float (&add)[2], int visible, int lane, Running &r,
                                        float (&alpha)[2], float (&sums)[2], Factors<H> (&p)[MT]) {
     const bool low = H == 4 && lane % 4 >= 2;
     float top[2] = {kLowest, kLowest};
@@ -232,16 +230,17 @@ struct Ring {
     const uint64_t *table;
     size_t offset;
     int first, sink, step, panels; /* page i is number first + i * step of the item */
-    int base;                      /* entry of the item's first page; the sink page comes before it */
-    int chunks, issued, taken;     /* of this item */
-    uint32_t before;               /* chunks of earlier items */
+    int base;                  /* entry of the item's first page; the sink page comes before it */
+    int chunks, issued, taken; /* of this item */
+    uint32_t before;           /* chunks of earlier items */
 
     __device__ __forceinline__ void issue(int lane) {
         if (issued < chunks && !lane) {
             const int page = first + issued / (2 * panels) * step;
             const uint64_t at = table[sink && !page ? 0 : base + page - sink];
             const uint32_t stage = (before + issued) % kStages;
-            bulk_copy(memory + stage * kStage, (const char *)at + offset + issued % (2 * panels) * kStage, kStage,
+            bulk_copy(memory + stage * kStage,
+                      (const char *)at + offset + issued % (2 * panels) * kStage, kStage,
                       &barriers[stage]);
         }
         issued++;
@@ -260,8 +259,8 @@ struct Ring {
 
 /* exact_page() with panels from a ring. */
 template <typename T, int H>
-__device__ __forceinline__ void ring_page(Ring &ring, const Factors<H> *q, const float (&f)[2], int visible,
-                                          int lane, Running &r, float4 *o) {
+__device__ __forceinline__ void ring_page(Ring &ring, const Factors<H> *q, const float (&f)[2],
+                                          int visible, int lane, Running &r, float4 *o) {
     float s[4][4] = {};
     for (int i = 0; i < ring.panels; i++) {
         const uint4 *panel = ring.wait() + lane;
@@ -308,9 +307,9 @@ template <int H> struct CodedView {
 
 /* Adds the carriers' scores. w: [fast][H] (a, b) at the span's start; slow: [16][H] coefficients. */
 template <int MT, int H>
-__device__ __forceinline__ void add_carriers(float (&s)[MT][4], const CodedView<H> &v, const float2 *w,
-                                             const float *slow, int unit, int lane, int head,
-                                             bool low) {
+__device__ __forceinline__ void add_carriers(float (&s)[MT][4], const CodedView<H> &v,
+                                             const float2 *w, const float *slow, int unit, int lane,
+                                             int head, bool low) {
     const int k = lane % 4;
     for (int i = 0; i < v.fast / 8; i++) {
         const float2 x = w[(i * 8 + k) * H + head], y = w[(i * 8 + k + 4) * H + head];
@@ -339,9 +338,9 @@ __device__ __forceinline__ void add_carriers(float (&s)[MT][4], const CodedView<
 
 /* One unit. */
 template <int MT, int H>
-__device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> &v, const float2 *w,
-                                           const float *slow, int unit, int visible, int lane,
-                                           Running &r, float4 *o) {
+__device__ __forceinline__ void
+coded_unit(const char *blob, const char *k_scale, const CodedView<H> &v, const float2 *w,
+           const float *slow, int unit, int visible, int lane, Running &r, float4 *o) {
     const bool low = H == 4 && lane / 4 >= 4;
     const int head = H == 4 ? lane / 4 % 4 : lane / 4, k = lane % 4;
     const int column = H == 4 ? lane * 2 % 4 : lane * 2 % 8;
@@ -349,13 +348,14 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
     constexpr int panel = MT * 64;
     const char *v_codes = blob + h.k_steps * panel, *k_exact = v_codes + h.v_steps * panel;
     const char *v_exact = k_exact + h.k_exact * panel * 8;
-    const char *k_scale = v_exact + h.v_exact * panel * 8, *k_zero = k_scale + h.k_steps * 32;
+    const char *k_zero = k_scale + h.k_steps * 32;
     const char *v_scale = k_zero + h.k_steps * 32, *v_zero = v_scale + h.v_steps * 32;
     const int e = *(const int *)(v_zero + h.v_steps * 32);
     const float shrink = power2(-e);
     float s[MT][4] = {};
     float base = 0.0f;
-    for (int i = 0; i < h.k_exact; i++) { /* rare: in their own scale, brought to that of the codes */
+    for (int i = 0; i < h.k_exact;
+         i++) { /* rare: in their own scale, brought to that of the codes */
         const float *q = v.exacts + (i * 16 + 2 * k) * H + head;
         Factors<H> b;
         split<__half, H>(b, q[0], q[H], q[8 * H], q[9 * H], low);
@@ -433,11 +433,15 @@ __device__ __forceinline__ void coded_unit(const char *blob, const CodedView<H> 
         const float by8 = __half2float(scale[8]) * power2(kCodeBits - 2);
         const float z0 = adds ? __half2float(zero[0]) : 0.0f;
         const float z8 = adds ? __half2float(zero[8]) : 0.0f;
-        float acc[4] = {};
+        float acc[4] = {}, other[4] = {}; /* two chains, half as long */
 #pragma unroll
         for (int t = 0; t < MT / 2; t++) {
             multiply<__half, H>(acc, planes_of<0>(words.w[t]), p[2 * t]);
-            multiply<__half, H>(acc, planes_of<1>(words.w[t]), p[2 * t + 1]);
+            multiply<__half, H>(other, planes_of<1>(words.w[t]), p[2 * t + 1]);
+        }
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            acc[t] += other[t];
         }
         const float a0[2] = {z0 * sums[0], z0 * sums[1]}, a8[2] = {z8 * sums[0], z8 * sums[1]};
         gather(&o[i * 32 + lane], alpha, acc, by0, by8, a0, a8);

@@ -32,6 +32,25 @@ __device__ __forceinline__ uint2 stream8(const void *p) {
     return v;
 }
 
+/* 16 bytes to shared memory, in the background. */
+__device__ __forceinline__ void copy_async(void *to, const void *p) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(p)
+        : "memory");
+}
+__device__ __forceinline__ void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/* For all copies, or all but those of the last group. */
+__device__ __forceinline__ void copies_wait(bool but_last) {
+    if (but_last) {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
+}
+
 __device__ __forceinline__ void prefetch(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
@@ -48,18 +67,22 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
 
 #if FKV_BULK
 __device__ __forceinline__ void barrier_init(uint64_t *barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier))
+                 : "memory");
 }
 
 /* One thread: `bytes` from p to shared memory; the barrier's phase ends when they are there. */
-__device__ __forceinline__ void bulk_copy(void *to, const void *p, uint32_t bytes, uint64_t *barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(p), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
+__device__ __forceinline__ void bulk_copy(void *to, const void *p, uint32_t bytes,
+                                          uint64_t *barrier) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
+        "l"(p), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -176,8 +199,8 @@ __device__ __forceinline__ int in_fragment(int r, int c) {
 /* Elements before K[token][channel] or V[token][channel] of a head in a page; `token` is within it. */
 __device__ __forceinline__ int in_page(int token, int channel, bool value) {
     const int fragment = channel / 16 * 4 + token / 16;
-    return fragment * 256 + (value ? in_fragment(channel % 16, token % 16)
-                                   : in_fragment(token % 16, channel % 16));
+    return fragment * 256 +
+           (value ? in_fragment(channel % 16, token % 16) : in_fragment(token % 16, channel % 16));
 }
 
 /* Whether d is the first of its RoPE pair, the pair's number, and the other channel. pair -1: none */
@@ -214,10 +237,19 @@ __device__ __forceinline__ float rotated(const fkv_cuda_cache &c, const char *ro
 
 } // namespace fkv
 
+/* Percentage of an SM's memory to be shared memory: for two blocks of attention. Kernels that alternate with it ask
+ * for the same, as a multiprocessor must be idle to change it. */
+inline int fkv_cuda_carveout(int bytes) {
+    const int percent = (2 * (bytes + 1024) * 100 + 228 * 1024 - 1) / (228 * 1024);
+    return percent < 100 ? percent : 100;
+}
+/* Shared memory of a block of attention. */
+int fkv_cuda_attend_shared(const fkv_cuda_cache &c);
+
 /* The launchers, one for each file. */
 cudaError_t fkv_cuda_patch_launch(uint64_t patches, int count, cudaStream_t stream);
-cudaError_t fkv_cuda_rope_launch(const fkv_cuda_cache &c, uint64_t positions, int tokens, uint64_t rope,
-                                 int64_t capacity, cudaStream_t stream);
+cudaError_t fkv_cuda_rope_launch(const fkv_cuda_cache &c, uint64_t positions, int tokens,
+                                 uint64_t rope, int64_t capacity, cudaStream_t stream);
 cudaError_t fkv_cuda_append_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a,
                                    const fkv_cuda_view &k, const fkv_cuda_view &v, int max_tokens,
                                    cudaStream_t stream);

@@ -134,9 +134,8 @@ int owns(int device, uint64_t address, int *yes) {
     return on(device, [&] {
         cudaPointerAttributes a;
         cudaError_t e = cudaPointerGetAttributes(&a, (const void *)address);
-        *yes = e == cudaSuccess &&
-               ((a.type == cudaMemoryTypeDevice && a.device == device) ||
-                a.type == cudaMemoryTypeManaged);
+        *yes = e == cudaSuccess && ((a.type == cudaMemoryTypeDevice && a.device == device) ||
+                                    a.type == cudaMemoryTypeManaged);
         return e;
     });
 }
@@ -196,16 +195,37 @@ int read(int device, const fkv_cuda_cache *c, uint64_t table, int64_t slots, int
 }
 
 const fkv_cuda_ops table = {
-    sizeof(fkv_cuda_ops), FKV_MODULE_ABI, FKV_MODULE_VERSION, open_device, text,
-    alloc,        release,      alloc_host,   free_host, upload, copy, synchronize,
-    capturing,    owns,         event_create, event_destroy, event_record, event_wait,
-    patch,        rope,         append,       attend,    seal,   read,
+    sizeof(fkv_cuda_ops),
+    FKV_MODULE_ABI,
+    FKV_MODULE_VERSION,
+    open_device,
+    text,
+    alloc,
+    release,
+    alloc_host,
+    free_host,
+    upload,
+    copy,
+    synchronize,
+    capturing,
+    owns,
+    event_create,
+    event_destroy,
+    event_record,
+    event_wait,
+    patch,
+    rope,
+    append,
+    attend,
+    seal,
+    read,
 };
 
 } // namespace
 
 /* NULL unless the library is of the same version. */
 extern "C" __attribute__((visibility("default"))) const struct fkv_cuda_ops *
-fkv_cuda_module(uint32_t abi, const char *version) {
-    return abi == FKV_MODULE_ABI && !strcmp(version, FKV_MODULE_VERSION) ? &table : nullptr;
+fkv_cuda_module(uint32_t handshake, const char *version) {
+    return handshake == FKV_MODULE_HANDSHAKE && !strcmp(version, FKV_MODULE_VERSION) ? &table
+                                                                                     : nullptr;
 }

@@ -52,7 +52,8 @@ struct Part {
     char *codes, *exact, *scales;
 };
 
-__device__ inline Part part_of(const fkv_cuda_cache &c, const fkv_cuda_head &h, char *blob, bool v) {
+__device__ inline Part part_of(const fkv_cuda_cache &c, const fkv_cuda_head &h, char *blob,
+                               bool v) {
     const int panel = c.unit * 4;
     char *exact = blob + (h.k_steps + h.v_steps) * panel;
     char *scales = exact + (h.k_exact + h.v_exact) * panel * 8;
@@ -127,16 +128,17 @@ template <int N> __device__ inline Range measure(const float (&x)[N], int bits) 
 
 /* Bits of the channel whose first plane is planes[i]: codes of 3 bits take two planes. */
 __device__ inline int bits_of(const fkv_cuda_cache &c, const fkv_plane *planes, int i, int n,
-                              const uint8_t *three) {
+                              const uint8_t *kinds) {
     int count = 0;
     for (int j = i; j < n && planes[j].channel == planes[i].channel; j++) {
         count++;
     }
-    return count == 2 && three[planes[i].channel] ? 3 : 2 * count;
+    return count == 2 && kinds[planes[i].channel] == 1 ? 3 : 2 * count;
 }
 
 template <typename T, int N>
-__global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c, const fkv_cuda_attend a,
+__global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c,
+                                                        const fkv_cuda_attend a,
                                                         const fkv_cuda_seal *seals) {
     extern __shared__ __align__(16) char memory[];
     constexpr int unit = N * 32, stride = unit + 2;
@@ -147,13 +149,13 @@ __global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c, 
     const int padded = (c.dim + 15) / 16 * 16, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const fkv_cuda_head head =
         ((const fkv_cuda_head *)c.heads)[a.layer * c.n_kv_heads + head_index];
-    char *blob = (char *)seal.block + within * (size_t)((const int *)c.unit_bytes)[a.layer] +
-                 head.offset;
+    char *blob =
+        (char *)seal.block + within * (size_t)((const int *)c.unit_bytes)[a.layer] + head.offset;
     const Part part = part_of(c, head, blob, v);
-    const float *mu = (const float *)c.carriers +
-                      ((size_t)(a.layer * 2 + v) * c.n_kv_heads + head_index) * c.dim;
-    const uint8_t *three = (const uint8_t *)c.three_bits +
-                           ((size_t)(a.layer * 2 + v) * c.n_kv_heads + head_index) * c.dim;
+    const float *mu =
+        (const float *)c.carriers + ((size_t)(a.layer * 2 + v) * c.n_kv_heads + head_index) * c.dim;
+    const uint8_t *kinds =
+        (const uint8_t *)c.kinds + ((size_t)(a.layer * 2 + v) * c.n_kv_heads + head_index) * c.dim;
     const int tile = seal.tile + within * (unit / 64), n = part.steps * 16;
     const float *rope =
         (const float *)a.rope + row.rope_offset + c.sinks + tile * 64 - row.rope_first;
@@ -179,7 +181,7 @@ __global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c, 
             continue;
         }
         float x[N];
-        const int bits = bits_of(c, part.planes, i, n, three), planes = (bits + 1) / 2;
+        const int bits = bits_of(c, part.planes, i, n, kinds), planes = (bits + 1) / 2;
         residuals<T, N>(c, values + p.channel * stride, p.channel, mu, v, rope, a.rope_capacity, x);
         const Range g = measure<N>(x, bits);
 #pragma unroll
@@ -225,18 +227,19 @@ __global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c, 
 }
 
 template <typename T, int N>
-cudaError_t launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a, const fkv_cuda_seal *seals, int count,
-                   cudaStream_t stream) {
+cudaError_t launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a, const fkv_cuda_seal *seals,
+                   int count, cudaStream_t stream) {
     const int padded = (c.dim + 15) / 16 * 16;
     const int planes = c.most_k_planes > c.panels * 16 ? c.most_k_planes : c.panels * 16;
     const int bytes = padded * (N * 32 + 2) * 2 + planes * N * 32;
-    cudaError_t e = cudaFuncSetAttribute(seal_kernel<T, N>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaError_t e =
+        cudaFuncSetAttribute(seal_kernel<T, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) {
         return e;
     }
-    seal_kernel<T, N><<<dim3(count * c.units_per_block, c.n_kv_heads, 2), kThreads, bytes, stream>>>(
-        c, a, seals);
+    seal_kernel<T, N>
+        <<<dim3(count * c.units_per_block, c.n_kv_heads, 2), kThreads, bytes, stream>>>(c, a,
+                                                                                        seals);
     return cudaGetLastError();
 }
 

@@ -46,8 +46,8 @@ __device__ inline int row_of(const fkv_cuda_row *rows, int n, int token) {
 }
 
 template <typename T>
-__global__ void append_kernel(const fkv_cuda_cache c, const fkv_cuda_attend a, const fkv_cuda_view k,
-                              const fkv_cuda_view v) {
+__global__ void append_kernel(const fkv_cuda_cache c, const fkv_cuda_attend a,
+                              const fkv_cuda_view k, const fkv_cuda_view v, bool groups) {
     const fkv_cuda_step &step = *(const fkv_cuda_step *)a.step;
     const fkv_cuda_row *rows = (const fkv_cuda_row *)a.rows;
     const int panels = (c.dim + 15) / 16, lane = threadIdx.x % 32;
@@ -58,6 +58,12 @@ __global__ void append_kernel(const fkv_cuda_cache c, const fkv_cuda_attend a, c
         int r = row_of(rows, step.n_rows, token);
         const fkv_cuda_row row = rows[r];
         const int index = row.base + token - row.offset;
+        if (groups && index >= c.sinks) { /* append_groups_kernel() has done whole ones */
+            const int first = (index - c.sinks) / 16 * 16;
+            if (first >= row.base - c.sinks && first + 16 <= row.base + row.n_new - c.sinks) {
+                continue;
+            }
+        }
         const int entry = index < c.sinks ? 0 : (index - c.sinks) / 64 + 1;
         const int within = entry ? (index - c.sinks) % 64 : index;
         char *page = (char *)((const uint64_t *)row.table)[a.layer * row.slots + entry];
@@ -73,14 +79,63 @@ __global__ void append_kernel(const fkv_cuda_cache c, const fkv_cuda_attend a, c
     }
 }
 
+/* Whole groups of 16 tokens of a page: written as fragments, 16 bytes for each lane. The group's first token, or -1. */
+__device__ inline int first_of_group(const fkv_cuda_cache &c, const fkv_cuda_row &row, int group) {
+    const int body = row.base - c.sinks;
+    const int first = (body > 0 ? (body + 15) / 16 : 0) + group;
+    return (first + 1) * 16 <= body + row.n_new ? first * 16 : -1;
+}
+
+template <typename T>
+__global__
+__launch_bounds__(128) void append_groups_kernel(const fkv_cuda_cache c, const fkv_cuda_attend a,
+                                                 const fkv_cuda_view k, const fkv_cuda_view v) {
+    extern __shared__ __align__(16) uint16_t rows[]; /* K [16][D + 8], V [16][D + 8] */
+    const fkv_cuda_row row = ((const fkv_cuda_row *)a.rows)[blockIdx.z];
+    const int head = blockIdx.y, body = first_of_group(c, row, blockIdx.x);
+    const int panels = (c.dim + 15) / 16, stride = panels * 16 + 8, lane = threadIdx.x % 32;
+    if (body < 0) {
+        return;
+    }
+    const int first = body + c.sinks;
+    for (int i = threadIdx.x; i < 16 * panels * 16; i += blockDim.x) {
+        const int t = i / (panels * 16), d = i % (panels * 16);
+        const int64_t token = row.offset + first + t - row.base;
+        const float *rope = (const float *)a.rope + row.rope_offset + first + t - row.rope_first;
+        const bool real = d < c.dim;
+        rows[t * stride + d] = real ? Element<T>::bits(rotated(c, row_at(k, token, head), k.dtype,
+                                                               d, rope, a.rope_capacity))
+                                    : 0;
+        rows[(16 + t) * stride + d] =
+            real ? Element<T>::bits(load_element(row_at(v, token, head), v.dtype, d)) : 0;
+    }
+    __syncthreads();
+    char *page = (char *)((const uint64_t *)row.table)[a.layer * row.slots + 1 + body / 64] +
+                 (size_t)head * panels * 4096;
+    for (int i = threadIdx.x / 32; i < 2 * panels; i += blockDim.x / 32) {
+        const int panel = i % panels;
+        const bool value = i >= panels;
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int r = lane / 4 + j % 2 * 8, col = lane % 4 * 2 + j / 2 * 8;
+            const uint16_t *from = value ? rows + (16 + col) * stride + panel * 16 + r
+                                         : rows + r * stride + panel * 16 + col;
+            words[j] = from[0] | (uint32_t)from[value ? stride : 1] << 16;
+        }
+        uint4 *to = (uint4 *)(page + (value ? panels * 2048 : 0)) +
+                    (panel * 4 + body % 64 / 16) * 32 + lane;
+        *to = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
 /* ---- reading back */
 
 __device__ inline unsigned plane_code(const char *panel, int channel, int token, int fragments,
                                       bool value) {
     const int r = value ? channel % 16 : token % 16, col = value ? token % 16 : channel % 16;
     const int fragment = token / 16, lane = r % 8 * 4 + col % 8 / 2;
-    const uint32_t word =
-        ((const uint32_t *)panel)[lane * (fragments / 2) + fragment / 2];
+    const uint32_t word = ((const uint32_t *)panel)[lane * (fragments / 2) + fragment / 2];
     return word >> (16 * (col % 2) + 8 * (fragment % 2) + 2 * (r / 8 + 2 * (col / 8))) & 3;
 }
 
@@ -107,12 +162,11 @@ __device__ inline double carrier_at(const fkv_cuda_cache &c, int layer, int part
 
 __device__ inline float coded_value(const fkv_cuda_cache &c, const char *unit, int layer, int part,
                                     int head_index, int d, int token, double position) {
-    const fkv_cuda_head h =
-        ((const fkv_cuda_head *)c.heads)[layer * c.n_kv_heads + head_index];
+    const fkv_cuda_head h = ((const fkv_cuda_head *)c.heads)[layer * c.n_kv_heads + head_index];
     const int fragments = c.unit / 16, panel = fragments * 64;
     const char *codes = unit + h.offset + (part ? h.k_steps * panel : 0);
-    const char *exact = unit + h.offset + (h.k_steps + h.v_steps) * panel +
-                        (part ? h.k_exact * panel * 8 : 0);
+    const char *exact =
+        unit + h.offset + (h.k_steps + h.v_steps) * panel + (part ? h.k_exact * panel * 8 : 0);
     const char *scales = unit + h.offset + (h.k_steps + h.v_steps) * panel +
                          (h.k_exact + h.v_exact) * panel * 8 + (part ? h.k_steps * 64 : 0);
     const int steps = part ? h.v_steps : h.k_steps, exacts = part ? h.v_exact : h.k_exact;
@@ -129,9 +183,9 @@ __device__ inline float coded_value(const fkv_cuda_cache &c, const char *unit, i
         if (planes[i].channel != d) {
             continue;
         }
-        const unsigned code =
-            plane_code(codes + i / 16 * panel, i, token, fragments, part != 0);
-        x += (double)__half2float(((const __half *)scales)[i]) * (double)(code << 2 * planes[i].index);
+        const unsigned code = plane_code(codes + i / 16 * panel, i, token, fragments, part != 0);
+        x += (double)__half2float(((const __half *)scales)[i]) *
+             (double)(code << 2 * planes[i].index);
         x += (double)__half2float(((const __half *)(scales + steps * 32))[i]);
     }
     return (float)x;
@@ -149,18 +203,41 @@ __global__ void read_kernel(const fkv_cuda_cache c, const uint64_t *table, int l
         if (body >= 0 && body / 64 < coded) {
             const int64_t unit = body / c.unit;
             const int64_t tile = unit / c.units_per_block * (c.units_per_block * c.unit / 64);
-            const char *at = (const char *)table[1 + tile] + unit % c.units_per_block *
-                                 (size_t)((const int *)c.unit_bytes)[layer];
+            const char *at = (const char *)table[1 + tile] +
+                             unit % c.units_per_block * (size_t)((const int *)c.unit_bytes)[layer];
             x = coded_value(c, at, layer, part, head, d, (int)(body % c.unit), (double)token);
         } else {
             const uint16_t *page =
                 (const uint16_t *)table[body < 0 ? 0 : 1 + body / 64] + head * panels * 2048;
             const int within = (int)(body < 0 ? token : body % 64);
-            x = exact_of(page, c.dtype,
-                         (part ? panels * 1024 : 0) + in_page(within, d, part != 0));
+            x = exact_of(page, c.dtype, (part ? panels * 1024 : 0) + in_page(within, d, part != 0));
         }
         store_element((char *)row_at(out, token - first, head), out.dtype, d, x);
     }
+}
+
+/* longest: tokens of the row with most, if it is known; long steps go group by group first. */
+template <typename T>
+cudaError_t append(const fkv_cuda_cache &c, const fkv_cuda_attend &a, const fkv_cuda_view &k,
+                   const fkv_cuda_view &v, int max_tokens, cudaStream_t stream) {
+    const int64_t warps = (int64_t)max_tokens * c.n_kv_heads;
+    const int grid = (int)(warps < 4 * 4096 ? (warps + 3) / 4 : 4096), groups = a.longest / 16;
+    const int padded = (c.dim + 15) / 16 * 16;
+    if (!grid) {
+        return cudaSuccess;
+    }
+    cudaError_t e =
+        cudaFuncSetAttribute(append_kernel<T>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             fkv_cuda_carveout(fkv_cuda_attend_shared(c)));
+    if (e != cudaSuccess) {
+        return e;
+    }
+    if (groups) {
+        append_groups_kernel<T>
+            <<<dim3(groups, c.n_kv_heads, a.n_rows), 128, 64 * (padded + 8), stream>>>(c, a, k, v);
+    }
+    append_kernel<T><<<grid, 128, 0, stream>>>(c, a, k, v, groups > 0);
+    return cudaGetLastError();
 }
 
 } // namespace fkv
@@ -185,17 +262,8 @@ cudaError_t fkv_cuda_rope_launch(const fkv_cuda_cache &c, uint64_t positions, in
 cudaError_t fkv_cuda_append_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a,
                                    const fkv_cuda_view &k, const fkv_cuda_view &v, int max_tokens,
                                    cudaStream_t stream) {
-    const int64_t warps = (int64_t)max_tokens * c.n_kv_heads;
-    const int grid = (int)(warps < 4 * 8192 ? (warps + 3) / 4 : 8192);
-    if (!grid) {
-        return cudaSuccess;
-    }
-    if (c.dtype == FKV_F16) {
-        fkv::append_kernel<__half><<<grid, 128, 0, stream>>>(c, a, k, v);
-    } else {
-        fkv::append_kernel<__nv_bfloat16><<<grid, 128, 0, stream>>>(c, a, k, v);
-    }
-    return cudaGetLastError();
+    return c.dtype == FKV_F16 ? fkv::append<__half>(c, a, k, v, max_tokens, stream)
+                              : fkv::append<__nv_bfloat16>(c, a, k, v, max_tokens, stream);
 }
 
 cudaError_t fkv_cuda_read_launch(const fkv_cuda_cache &c, uint64_t table, int64_t slots, int layer,

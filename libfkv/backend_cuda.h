@@ -48,36 +48,39 @@ struct fkv_cuda_head {
     int32_t k_planes, v_planes;                 /* first entries in the cache's list of planes; */
     int32_t k_exacts, v_exacts;                 /* and of exact channels */
     int32_t carried;                            /* K has carriers */
-    int32_t padding;
+    int32_t top_plane;                          /* largest index among K's planes */
 };
 
 /* Geometry and tables of a cache; constant. Addresses are of the device. */
 struct fkv_cuda_cache {
-    int32_t n_layers, n_q_heads, n_kv_heads, group, dim, dtype; /* dtype: fkv_dtype_code of exact tokens */
+    int32_t n_layers, n_q_heads, n_kv_heads, group, dim,
+        dtype; /* dtype: fkv_dtype_code of exact tokens */
     int32_t rope_layout, rope_dim;
     int32_t coded, unit, units_per_block, sinks;
-    int32_t fast; /* pairs whose carriers are held as cosines, a multiple of 8; the others are polynomials */
+    int32_t
+        fast; /* pairs whose carriers are held as cosines, a multiple of 8; the others are polynomials */
     int32_t panels; /* most V panels of a head, exact ones included, for sizes; */
-    int32_t most_k_planes, most_k_exacts, padding; /* and of K's planes and exact channels, with padding */
-    float scale;    /* softmax scale */
+    int32_t most_k_planes, most_k_exacts,
+        padding; /* and of K's planes and exact channels, with padding */
+    float scale; /* softmax scale */
     float padding2;
     double rope_scaling;
-    uint64_t inv_freq;  /* double [rope_dim / 2] */
-    uint64_t heads;     /* struct fkv_cuda_head [layers][Hk] */
-    uint64_t planes;    /* struct fkv_plane [] */
+    uint64_t inv_freq;   /* double [rope_dim / 2] */
+    uint64_t heads;      /* struct fkv_cuda_head [layers][Hk] */
+    uint64_t planes;     /* struct fkv_plane [] */
     uint64_t unit_bytes; /* int32_t [layers] */
-    uint64_t carriers;  /* float [layers][2][Hk][D] */
-    uint64_t three_bits; /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits */
-    uint64_t basis;     /* fragments [fast / 8 + FKV_SPAN][unit / 16][2], f16: high and low parts */
-    uint64_t turns;     /* float2 [FKV_SPAN][fast]: cos and sin of w_j * unit * i */
-    uint64_t project;   /* float [pairs - fast][16] */
+    uint64_t carriers;   /* float [layers][2][Hk][D] */
+    uint64_t kinds;   /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
+    uint64_t basis;   /* fragments [fast / 8 + FKV_SPAN][unit / 16][2], f16: high and low parts */
+    uint64_t turns;   /* float2 [FKV_SPAN][fast]: cos and sin of w_j * unit * i */
+    uint64_t project; /* float [pairs - fast][16] */
 };
 
 /* A sequence in a step. */
 struct fkv_cuda_row {
     uint64_t table;
     int64_t slots;
-    int32_t base, n_new, offset;    /* as struct fkv_row */
+    int32_t base, n_new, offset;     /* as struct fkv_row */
     int32_t rope_first, rope_offset; /* token of its first entry in the rope table; where that is */
     int32_t padding;
 };
@@ -124,10 +127,12 @@ struct fkv_cuda_attend {
     uint64_t n_items;           /* int32_t, on the device */
     uint64_t rope;              /* float [2][pairs][rope_capacity] */
     uint64_t partials;          /* float [slots][group][D + 2] */
-    uint64_t counters;          /* uint32_t: items taken, then [outputs] parts done; zero between launches */
+    uint64_t counters; /* uint32_t: items taken, then [outputs] parts done; zero between launches */
     int64_t rope_capacity;
     int32_t layer, appended;
-    int32_t grid, padding;
+    int32_t grid;
+    int32_t longest, n_rows; /* append: new tokens of a sequence at most, if that is many; else 0 */
+    int32_t padding;
     struct fkv_cuda_view q, out, lse;
 };
 
@@ -171,12 +176,18 @@ struct fkv_cuda_ops {
     int (*seal)(int device, const struct fkv_cuda_cache *c, const struct fkv_cuda_attend *a,
                 uint64_t seals, int count, void *stream);
     /* Reads back tokens [first, first + count) of K (part 0) or V; `coded` tiles of the body are. */
-    int (*read)(int device, const struct fkv_cuda_cache *c, uint64_t table, int64_t slots, int layer,
-                int part, int64_t coded, int64_t first, int64_t count,
+    int (*read)(int device, const struct fkv_cuda_cache *c, uint64_t table, int64_t slots,
+                int layer, int part, int64_t coded, int64_t first, int64_t count,
                 const struct fkv_cuda_view *out, void *stream);
 };
 
+/* FKV_MODULE_ABI and, as a guard against builds of different days, the size of what is passed. */
+#define FKV_MODULE_HANDSHAKE                                                                       \
+    (FKV_MODULE_ABI * 16777216u + (uint32_t)sizeof(struct fkv_cuda_cache) * 4096u +                \
+     (uint32_t)(sizeof(struct fkv_cuda_attend) + sizeof(struct fkv_cuda_item) * 7 +                \
+                sizeof(struct fkv_cuda_head) * 3))
+
 /* The module's only symbol. */
-typedef const struct fkv_cuda_ops *(*fkv_cuda_module_fn)(uint32_t abi, const char *version);
+typedef const struct fkv_cuda_ops *(*fkv_cuda_module_fn)(uint32_t handshake, const char *version);
 
 #endif /* FKV_BACKEND_CUDA_H */

@@ -107,7 +107,8 @@ static bool set_shape(struct options *o, const char *name, const char *value) {
 
 static bool set_word(struct options *o, const char *name, const char *value) {
     static const struct word ops[] = {{"attend", OP_ATTEND}, {"append", OP_APPEND}, {0}};
-    static const struct word backends[] = {{"cpu", FKV_BACKEND_CPU}, {"cuda", FKV_BACKEND_CUDA}, {0}};
+    static const struct word backends[] = {
+        {"cpu", FKV_BACKEND_CPU}, {"cuda", FKV_BACKEND_CUDA}, {0}};
     static const struct word types[] = {
         {"f16", FKV_DTYPE_F16}, {"bf16", FKV_DTYPE_BF16}, {"f32", FKV_DTYPE_F32}, {0}};
     static const struct word levels[] = {{"best", FKV_CPU_BEST},
@@ -132,8 +133,7 @@ static bool set_number(struct options *o, const char *name, const char *value) {
     if (!strcmp(name, "--tokens")) {
         o->tokens = integer(name, value, 1, (int64_t)1 << 26);
         o->tokens_given = true;
-    }
-    else if (!strcmp(name, "--batch"))
+    } else if (!strcmp(name, "--batch"))
         o->batch = (int)integer(name, value, 1, 4096);
     else if (!strcmp(name, "--threads"))
         o->threads = (int)integer(name, value, 0, 1024);

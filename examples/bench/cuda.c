@@ -27,7 +27,7 @@ struct side {
     int64_t *n_new;
     void *graph;
     double seconds[REPEATS];
-    double bytes; /* of a layer and step */
+    double bytes;          /* of a layer and step */
     double append_seconds; /* per token and layer, coding included */
 };
 
@@ -154,7 +154,8 @@ static void open_side(struct world *w, struct side *s, const char *name, bool co
     for (int b = 0; b < w->shape.batch; b++) {
         fkv_stats stats = {.struct_size = sizeof stats};
         bench_check(w->ctx, fkv_cache_stats(s->cache, s->sequences[b], &stats), "statistics");
-        s->bytes += (double)(stats.bytes_exact + stats.bytes_blocks + stats.bytes_scales) / w->layers;
+        s->bytes +=
+            (double)(stats.bytes_exact + stats.bytes_blocks + stats.bytes_scales) / w->layers;
     }
     update(w, s, 0, w->shape.batch, 1);
     const fkv_tensor q = tensor(w->q, w->shape.batch, HQ), out = tensor(w->out, w->shape.batch, HQ);
@@ -209,15 +210,16 @@ static void print_side(const struct world *w, struct side *s, double dense, bool
     const double t = median(s->seconds), rate = s->bytes / t;
     const double append = s->append_seconds * 1e9, expected = curve(s->bytes);
     if (json) {
-        printf("{\"batch\":%d,\"tokens\":%lld,\"profile\":\"%s\",\"us\":%.2f,\"mb\":%.2f,\"tb_per_s\":%.3f,"
+        printf("{\"batch\":%d,\"tokens\":%lld,\"profile\":\"%s\",\"us\":%.2f,\"mb\":%.2f,\"tb_per_"
+               "s\":%.3f,"
                "\"of_ceiling\":%.3f,\"ratio\":%.3f,\"append_ns\":%.3f}\n",
                w->shape.batch, (long long)w->shape.tokens, s->name, t * 1e6, s->bytes * 1e-6,
                rate * 1e-12, expected / t, dense / t, append);
         return;
     }
-    printf("%3d x %7lld  %-16s %9.1f us %9.1f MB %6.2f TB/s %5.0f %%  %5.2fx   %8.2f ns\n", w->shape.batch,
-           (long long)w->shape.tokens, s->name, t * 1e6, s->bytes * 1e-6, rate * 1e-12,
-           100 * expected / t, dense / t, append);
+    printf("%3d x %7lld  %-16s %9.1f us %9.1f MB %6.2f TB/s %5.0f %%  %5.2fx   %8.2f ns\n",
+           w->shape.batch, (long long)w->shape.tokens, s->name, t * 1e6, s->bytes * 1e-6,
+           rate * 1e-12, 100 * expected / t, dense / t, append);
     fflush(stdout);
 }
 
@@ -287,8 +289,8 @@ static void check_side(struct world *w, struct side *s) {
         }
         free(score);
     }
-    printf("    %s: largest difference from float64 %.2g, largest output %.2g (bf16 rounds %.2g)\n", s->name,
-           worst, most, most * 0x1p-9);
+    printf("    %s: largest difference from float64 %.2g, largest output %.2g (bf16 rounds %.2g)\n",
+           s->name, worst, most, most * 0x1p-9);
     if (!(worst <= most * 0x1p-8 + 1e-4)) {
         bench_fail("%s: outputs are wrong", s->name);
     }
@@ -363,7 +365,8 @@ int bench_cuda(bool json, int batch, int64_t tokens) {
     fill_bf16(&w, w.q, (size_t)256 * HQ * DIM);
     if (!json) {
         printf("%s, driver %d; Hq %d, Hk %d, D %d; medians of %d replays\n"
-               "batch x tokens  held as               time      bytes    rate  of reading  ratio  append+code "
+               "batch x tokens  held as               time      bytes    rate  of reading  ratio  "
+               "append+code "
                "per token\n",
                gpu_name(), gpu_driver_version(), HQ, HK, DIM, REPEATS);
     }

@@ -165,7 +165,8 @@ size_t gpu_free_bytes(void) {
 
 void *gpu_stream_new(void) {
     void *stream;
-    check(cu.StreamCreate(&stream, 1), "stream"); /* one that does not wait for the default stream */
+    check(cu.StreamCreate(&stream, 1),
+          "stream"); /* one that does not wait for the default stream */
     return stream;
 }
 

@@ -188,7 +188,8 @@ fkv_status fkv_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q, const 
     if (status == FKV_OK)
         status = view_q(p, q, out, lse, &views);
     if (status == FKV_OK && p->cache->device)
-        status = fkv_device_attend(p, layer, &views.q, &views.out, lse ? &views.lse : NULL, appended);
+        status =
+            fkv_device_attend(p, layer, &views.q, &views.out, lse ? &views.lse : NULL, appended);
     else if (status == FKV_OK)
         p->ctx->ops->attend(p, layer, &views.q, &views.out, lse ? &views.lse : NULL);
     return leave(plan, p, false, status);

@@ -359,8 +359,8 @@ int64_t fkv_seq_crop_floor(const struct fkv_cache_object *cache, const struct fk
     if (tokens <= sinks || tokens >= fkv_seq_crop_limit(cache, seq))
         return tokens;
     /* a segment is one sum over its tiles */
-    const int64_t unit = cache->device ? cache->profile->codec.block
-                                       : fkv_tiles_per_segment(seq->period) * FKV_TILE;
+    const int64_t unit =
+        cache->device ? cache->profile->codec.block : fkv_tiles_per_segment(seq->period) * FKV_TILE;
     return sinks + (tokens - sinks) / unit * unit;
 }
 

@@ -82,8 +82,8 @@ struct fkv_seq {
     uint64_t crops;                     /* so many: plans from before one are outdated */
     struct fkv_shared_spectrum *shared; /* NULL for exact profiles */
     struct fkv_account account;         /* all that it holds, shared or not */
-    struct fkv_layer *layers;           /* on the CUDA backend only the numbers of tokens and tiles */
-    struct fkv_device_seq *device;      /* CUDA: its pages */
+    struct fkv_layer *layers;      /* on the CUDA backend only the numbers of tokens and tiles */
+    struct fkv_device_seq *device; /* CUDA: its pages */
 };
 
 /* A spectrum in use by `users` sequences. */
@@ -119,7 +119,7 @@ struct fkv_cache_object {
     struct fkv_layer_layout *layouts; /* [n_layers]; NULL for exact profiles */
     struct fkv_shared_spectrum *spectra;
     struct fkv_device_cache *device; /* of the CUDA backend, else NULL */
-    struct fkv_seq **seqs; /* slots */
+    struct fkv_seq **seqs;           /* slots */
     int64_t n_slots;
     int64_t next_id;
 };

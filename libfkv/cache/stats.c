@@ -33,7 +33,8 @@ void fkv_cache_count(struct fkv_cache_object *cache, const struct fkv_seq *seq, 
         /* who else holds a page is known to the page alone */
         if (cache->device)
             stats->bytes_shared = fkv_device_shared_bytes(cache, seq);
-        for (int l = 0; !cache->device && cache->bytes_shared && l < cache->profile->model.n_layers; l++)
+        for (int l = 0; !cache->device && cache->bytes_shared && l < cache->profile->model.n_layers;
+             l++)
             stats->bytes_shared += fkv_layer_shared_bytes(cache, seq, l);
     } else {
         for (int64_t i = 0; i < cache->n_slots; i++)

@@ -179,7 +179,8 @@ fkv_status fkv_ctx_create(const fkv_context_params *params, struct fkv_ctx **out
     fkv_context_params p = {.struct_size = sizeof p};
     memset(&description, 0, sizeof description);
     fkv_status status =
-        params ? fkv_params_read(&description, "params", params, FIRST_PARAMS, &p, sizeof p) : FKV_OK;
+        params ? fkv_params_read(&description, "params", params, FIRST_PARAMS, &p, sizeof p)
+               : FKV_OK;
     bool can_report = status != FKV_ERR_INVALID; /* else the struct may not reach to `message` */
     if (status == FKV_OK) {
         status = check_backend(&description, &p);

@@ -50,7 +50,7 @@ fkv_status fkv_module_load(struct fkv_ctx *ctx, const char *given) {
     if (!entry) {
         return fkv_fail(ctx, FKV_ERR_VERSION, "%.300s is no module of libfkv", path);
     }
-    const struct fkv_cuda_ops *ops = entry(FKV_MODULE_ABI, fkv_version_string());
+    const struct fkv_cuda_ops *ops = entry(FKV_MODULE_HANDSHAKE, fkv_version_string());
     if (!ops || ops->struct_size != sizeof *ops || ops->abi != FKV_MODULE_ABI) {
         return fkv_fail(ctx, FKV_ERR_VERSION, "%.300s is of another version than libfkv %s", path,
                         fkv_version_string());
@@ -67,8 +67,7 @@ fkv_status fkv_module_open_device(struct fkv_ctx *ctx, int device) {
         if (driver) {
             dlclose(driver);
         }
-        return fkv_fail(ctx, FKV_ERR_DEVICE, "CUDA device %d: %s%s", device,
-                        ctx->cuda->text(error),
+        return fkv_fail(ctx, FKV_ERR_DEVICE, "CUDA device %d: %s%s", device, ctx->cuda->text(error),
                         driver ? "" : "; there is no driver (libcuda.so.1) on this system");
     }
     if (info.major < 8) {

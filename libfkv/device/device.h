@@ -82,8 +82,9 @@ struct fkv_device_items {
 };
 
 struct fkv_device_plan {
-    struct fkv_device_buffer step;  /* struct fkv_cuda_step, rows, positions */
-    struct fkv_device_buffer items; /* [lists]: int32_t count and 12 bytes, struct fkv_cuda_item [capacity] */
+    struct fkv_device_buffer step; /* struct fkv_cuda_step, rows, positions */
+    struct fkv_device_buffer
+        items; /* [lists]: int32_t count and 12 bytes, struct fkv_cuda_item [capacity] */
     struct fkv_device_buffer rope, partials, counters, seals;
     int64_t rope_capacity, item_capacity, row_capacity;
     int32_t n_lists;
@@ -133,7 +134,8 @@ uint64_t fkv_device_shared_bytes(const struct fkv_cache_object *cache, const str
 fkv_status fkv_device_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                                  int64_t after);
 /* Table entries for so many tokens. */
-fkv_status fkv_device_seq_slots(struct fkv_cache_object *cache, struct fkv_seq *seq, int64_t tokens);
+fkv_status fkv_device_seq_slots(struct fkv_cache_object *cache, struct fkv_seq *seq,
+                                int64_t tokens);
 /* Gives back pages behind what the layer holds. */
 void fkv_device_layer_shrink(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer);
 int64_t fkv_device_tiles_to_code(const struct fkv_profile_object *profile, int64_t tokens);

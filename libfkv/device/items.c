@@ -64,11 +64,12 @@ struct output {
     struct cut coded, exact;
 };
 
-static struct output cut_output(const struct fkv_device_cache *d, int layer, int head, const struct extent *e,
-                                int64_t most) {
+static struct output cut_output(const struct fkv_device_cache *d, int layer, int head,
+                                const struct extent *e, int64_t most) {
     const int64_t units = d->c.coded ? e->coded * FKV_TILE / d->c.unit : 0;
     struct output o;
-    o.coded = cut_range(fkv_ceil_div(units, FKV_SPAN), d->c.coded ? span_cost(d, layer, head) : 1, most);
+    o.coded =
+        cut_range(fkv_ceil_div(units, FKV_SPAN), d->c.coded ? span_cost(d, layer, head) : 1, most);
     o.exact = cut_range(fkv_ceil_div(e->last - e->first + e->sink, WARPS), page_cost(d), most);
     if (!o.coded.parts && !o.exact.parts) {
         o.exact.parts = 1; /* sees nothing, but must be written */
@@ -81,7 +82,8 @@ static int subgroups(const struct fkv_device_cache *d) {
 }
 
 /* Items of a layer if none may cost more than `most`. */
-static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_t most, int64_t *cost) {
+static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_t most,
+                           int64_t *cost) {
     const struct fkv_device_cache *d = plan->cache->device;
     int64_t items = 0;
     *cost = 0;
@@ -91,7 +93,8 @@ static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_
             const struct output o = cut_output(d, layer, h, &e, most);
             const int64_t times = plan->rows[i].n_new * subgroups(d);
             /* a short tail is done by whoever is ready first */
-            items += (o.coded.parts + (o.coded.parts && o.exact.steps == 1 ? 0 : o.exact.parts)) * times;
+            items +=
+                (o.coded.parts + (o.coded.parts && o.exact.steps == 1 ? 0 : o.exact.parts)) * times;
             *cost += (o.coded.steps * (d->c.coded ? span_cost(d, layer, h) : 0) +
                       o.exact.steps * page_cost(d)) *
                      times;
@@ -105,7 +108,8 @@ static int64_t choose_cost(const struct fkv_plan_object *plan, int layer, int64_
     const int64_t grid = plan->ctx->multiprocessors * BLOCKS_PER_PROCESSOR;
     int64_t cost;
     const int64_t least = count_items(plan, layer, INT64_MAX, &cost);
-    const int64_t outputs = plan->tokens * plan->cache->device->c.n_kv_heads * subgroups(plan->cache->device);
+    const int64_t outputs =
+        plan->tokens * plan->cache->device->c.n_kv_heads * subgroups(plan->cache->device);
     int64_t most = fkv_max64(1, cost / grid);
     *items = count_items(plan, layer, most, &cost);
     while (*items > grid && *items > least) {
@@ -121,8 +125,8 @@ struct writer {
     int32_t n, outputs, slots;
 };
 
-static void write_range(struct writer *w, struct fkv_cuda_item item, const struct cut *c, int64_t first,
-                        int64_t count, int64_t step, bool coded, int32_t *part) {
+static void write_range(struct writer *w, struct fkv_cuda_item item, const struct cut *c,
+                        int64_t first, int64_t count, int64_t step, bool coded, int32_t *part) {
     item.coded = coded;
     for (int64_t i = 0; i < c->parts; i++) {
         const int64_t from = i * c->each * step;
@@ -138,16 +142,17 @@ static void write_range(struct writer *w, struct fkv_cuda_item item, const struc
     }
 }
 
-static void write_output(struct writer *w, const struct fkv_device_cache *d, struct fkv_cuda_item item,
-                         const struct extent *e, const struct output *o, bool coded) {
+static void write_output(struct writer *w, const struct fkv_device_cache *d,
+                         struct fkv_cuda_item item, const struct extent *e, const struct output *o,
+                         bool coded) {
     int32_t part = coded ? 0 : (int32_t)o->coded.parts;
     item.parts = (int32_t)(o->coded.parts + o->exact.parts);
     item.output = w->outputs++;
     item.slot = w->slots;
     w->slots += item.parts > 1 ? item.parts : 0;
     if (coded) {
-        write_range(w, item, &o->coded, 0, d->c.coded ? e->coded * FKV_TILE / d->c.unit : 0, FKV_SPAN,
-                    true, &part);
+        write_range(w, item, &o->coded, 0, d->c.coded ? e->coded * FKV_TILE / d->c.unit : 0,
+                    FKV_SPAN, true, &part);
         return;
     }
     item.sink = e->sink;
@@ -155,7 +160,8 @@ static void write_output(struct writer *w, const struct fkv_device_cache *d, str
 }
 
 /* Coded ranges come first: blocks take items in this order, and what is short should end the launch. */
-static void write_items(const struct fkv_plan_object *plan, int layer, int64_t most, struct writer *w, bool coded) {
+static void write_items(const struct fkv_plan_object *plan, int layer, int64_t most,
+                        struct writer *w, bool coded) {
     const struct fkv_device_cache *d = plan->cache->device;
     w->outputs = w->slots = 0;
     for (int64_t i = 0; i < plan->n_rows; i++) {
@@ -179,7 +185,8 @@ static void write_items(const struct fkv_plan_object *plan, int layer, int64_t m
     }
 }
 
-static bool same_ranges(const struct fkv_plan_object *plan, int layer, struct fkv_device_items *list) {
+static bool same_ranges(const struct fkv_plan_object *plan, int layer,
+                        struct fkv_device_items *list) {
     bool same = list->valid;
     for (int64_t i = 0; i < plan->n_rows; i++) {
         const struct extent e = extent_of(plan, layer, i);
@@ -222,7 +229,8 @@ static fkv_status need_results(struct fkv_plan_object *plan, int64_t slots, int6
     const size_t partials = (size_t)slots * (size_t)group * (size_t)(c->dim + 2) * sizeof(float);
     const size_t counters = (size_t)(outputs + 1) * sizeof(uint32_t); /* and of items taken */
     if (p->captured && (partials > p->partials.bytes || counters > p->counters.bytes)) {
-        return fkv_fail(plan->ctx, FKV_ERR_STATE, "the step outgrew the captured plan: capture again");
+        return fkv_fail(plan->ctx, FKV_ERR_STATE,
+                        "the step outgrew the captured plan: capture again");
     }
     fkv_status status = fkv_device_reserve(plan->cache, &p->partials, partials);
     return status == FKV_OK ? fkv_device_reserve(plan->cache, &p->counters, counters) : status;

@@ -11,7 +11,7 @@
 
 /* Offsets of the tables in the buffer, and sizes. */
 struct plan_of_tables {
-    size_t inv_freq, heads, planes, unit_bytes, carriers, three, basis, turns, project, bytes;
+    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, turns, project, bytes;
     size_t n_planes;
 };
 
@@ -104,6 +104,9 @@ static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_
             h->k_exact = (h->v_exacts - h->k_exacts) / PANEL;
             h->v_exact = (next - h->v_exacts) / PANEL;
             h->carried = k->carried;
+            h->top_plane = k->count[FKV_WIDTH_8]                            ? 3
+                           : k->count[FKV_WIDTH_4] || k->count[FKV_WIDTH_3] ? 1
+                                                                            : 0;
             h->offset = offset;
             h->bytes = (h->k_steps + h->v_steps) * (panel + 64) +
                        (h->k_exact + h->v_exact) * panel * 8 + 16;
@@ -136,11 +139,11 @@ static void lay_out_tables(const struct fkv_profile_object *p, const struct fkv_
         t->planes = part_of(&at, t->n_planes * sizeof(struct fkv_plane));
         t->unit_bytes = part_of(&at, (size_t)m->n_layers * sizeof(int32_t));
         t->carriers = part_of(&at, 2 * heads * dim * sizeof(float));
-        t->three = part_of(&at, 2 * heads * dim);
+        t->kinds = part_of(&at, 2 * heads * dim);
         t->basis = part_of(&at, fragments * 512);
         t->turns = part_of(&at, FKV_SPAN * fast * 2 * sizeof(float));
-        t->project = part_of(&at, (pairs > fast ? pairs - fast : 1) * FKV_CUDA_CHEBYSHEV *
-                                      sizeof(float));
+        t->project =
+            part_of(&at, (pairs > fast ? pairs - fast : 1) * FKV_CUDA_CHEBYSHEV * sizeof(float));
     }
     t->bytes = at + 256;
 }
@@ -149,13 +152,14 @@ static void lay_out_tables(const struct fkv_profile_object *p, const struct fkv_
 
 /* Puts x at (r, c) of a fragment and of the one with what is left. */
 static void put(uint16_t *fragment, int r, int c, double x) {
-    const size_t at = (size_t)((r % 8 * 4 + c % 8 / 2) * 4 + r / 8 + 2 * (c / 8)) * 2 + (size_t)(c % 2);
+    const size_t at =
+        (size_t)((r % 8 * 4 + c % 8 / 2) * 4 + r / 8 + 2 * (c / 8)) * 2 + (size_t)(c % 2);
     fragment[at] = fkv_f32_to_f16((float)x);
     fragment[256 + at] = fkv_f32_to_f16((float)(x - (double)fkv_f16_to_f32(fragment[at])));
 }
 
-static double basis_at(const struct fkv_model *m, const struct fkv_cuda_cache *c, int panel, int column,
-                       int token) {
+static double basis_at(const struct fkv_model *m, const struct fkv_cuda_cache *c, int panel,
+                       int column, int token) {
     if (panel < c->fast / 8) {
         const int pair = panel * 8 + column / 2;
         if (pair >= m->rope_dim / 2) {
@@ -231,10 +235,13 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
             list_exact(r, planes + (part == FKV_PART_K ? h->k_exacts : h->v_exacts));
             memcpy(to + t->carriers + at * sizeof(float), fkv_profile_carrier(p, l, part, i / 2),
                    dim * sizeof(float));
-            const int first = r->count[FKV_WIDTH_EXACT] + r->count[FKV_WIDTH_8] +
-                              r->count[FKV_WIDTH_4];
+            const int first =
+                r->count[FKV_WIDTH_EXACT] + r->count[FKV_WIDTH_8] + r->count[FKV_WIDTH_4];
             for (int j = 0; j < r->count[FKV_WIDTH_3]; j++) {
-                to[t->three + at + r->list[first + j]] = 1;
+                to[t->kinds + at + r->list[first + j]] = 1;
+            }
+            for (int j = 0; j < r->count[FKV_WIDTH_EXACT]; j++) {
+                to[t->kinds + at + r->list[j]] = 2;
             }
         }
     }
@@ -242,13 +249,14 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
                (float *)(void *)(to + t->project));
 }
 
-static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base, const struct plan_of_tables *t) {
+static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base,
+                            const struct plan_of_tables *t) {
     c->inv_freq = base + t->inv_freq;
     c->heads = base + t->heads;
     c->planes = base + t->planes;
     c->unit_bytes = base + t->unit_bytes;
     c->carriers = base + t->carriers;
-    c->three_bits = base + t->three;
+    c->kinds = base + t->kinds;
     c->basis = base + t->basis;
     c->turns = base + t->turns;
     c->project = base + t->project;
@@ -259,7 +267,9 @@ static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base, const struc
 static size_t layer_scales(const struct fkv_device_cache *d, int layer, int heads) {
     size_t bytes = 0;
     for (int i = 0; i < heads; i++) {
-        bytes += (size_t)(d->heads[layer * heads + i].k_steps + d->heads[layer * heads + i].v_steps) * 64;
+        bytes +=
+            (size_t)(d->heads[layer * heads + i].k_steps + d->heads[layer * heads + i].v_steps) *
+            64;
     }
     return bytes * (size_t)d->c.units_per_block;
 }
@@ -270,12 +280,13 @@ static void make_pools(const struct fkv_profile_object *p, struct fkv_device_cac
         .bytes = (size_t)p->model.n_kv_heads * padded * 2 * FKV_TILE * 2, .class = FKV_CLASS_EXACT};
     d->n_pools = 1;
     for (int l = 0; d->c.coded && l < p->model.n_layers; l++) {
-        const struct fkv_device_pool pool = {
-            .bytes = (size_t)d->unit_bytes[l] * (size_t)d->c.units_per_block,
-            .class = FKV_CLASS_BLOCKS,
-            .scales = layer_scales(d, l, p->model.n_kv_heads)};
+        const struct fkv_device_pool pool = {.bytes = (size_t)d->unit_bytes[l] *
+                                                      (size_t)d->c.units_per_block,
+                                             .class = FKV_CLASS_BLOCKS,
+                                             .scales = layer_scales(d, l, p->model.n_kv_heads)};
         int32_t i = 1;
-        while (i < d->n_pools && (d->pools[i].bytes != pool.bytes || d->pools[i].scales != pool.scales)) {
+        while (i < d->n_pools &&
+               (d->pools[i].bytes != pool.bytes || d->pools[i].scales != pool.scales)) {
             i++;
         }
         if (i == d->n_pools) {

@@ -15,13 +15,18 @@ static void count(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv_
     }
 }
 
+static bool trim_pools(struct fkv_cache_object *cache);
+
+/* What pools hold in vain is given back before memory is refused. */
 static uint64_t device_alloc(struct fkv_cache_object *cache, size_t bytes) {
     struct fkv_ctx *ctx = cache->ctx;
     uint64_t address = 0;
-    if (bytes > cache->max_bytes || cache->bytes > cache->max_bytes - bytes ||
-        ctx->cuda->alloc(ctx->device, bytes, &address) != 0) {
-        cache->refused = bytes;
-        return 0;
+    while (bytes > cache->max_bytes || cache->bytes > cache->max_bytes - bytes ||
+           ctx->cuda->alloc(ctx->device, bytes, &address) != 0) {
+        if (!trim_pools(cache)) {
+            cache->refused = bytes;
+            return 0;
+        }
     }
     cache->bytes += bytes;
     count(cache, NULL, FKV_CLASS_TABLES, bytes, true);
@@ -41,6 +46,46 @@ static void device_free(struct fkv_cache_object *cache, uint64_t address, size_t
 
 static size_t chunk_book(int64_t pages) {
     return sizeof(struct fkv_device_chunk) + (size_t)pages * sizeof(struct fkv_device_page);
+}
+
+/* Takes a chunk's pages out of the list of free ones; false if one of them is held. */
+static bool withdraw(struct fkv_device_pool *pool, const struct fkv_device_chunk *chunk) {
+    for (int64_t i = 0; i < chunk->count; i++) {
+        if (chunk->pages[i].holders) {
+            return false;
+        }
+    }
+    struct fkv_device_page **at = &pool->free;
+    while (*at) {
+        if (*at >= chunk->pages && *at < chunk->pages + chunk->count) {
+            *at = (*at)->next;
+        } else {
+            at = &(*at)->next;
+        }
+    }
+    return true;
+}
+
+/* Frees the chunks of which no page is held; false if there are none. */
+static bool trim_pools(struct fkv_cache_object *cache) {
+    struct fkv_device_cache *d = cache->device;
+    bool freed = false;
+    for (int32_t i = 0; d && d->pools && i < d->n_pools; i++) {
+        struct fkv_device_pool *pool = &d->pools[i];
+        for (struct fkv_device_chunk **at = &pool->chunks; *at;) {
+            struct fkv_device_chunk *chunk = *at;
+            if (!withdraw(pool, chunk)) {
+                at = &chunk->next;
+                continue;
+            }
+            *at = chunk->next;
+            pool->pages -= chunk->count;
+            device_free(cache, chunk->address, (size_t)chunk->count * pool->bytes);
+            fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, chunk, chunk_book(chunk->count));
+            freed = true;
+        }
+    }
+    return freed;
 }
 
 static bool grow_pool(struct fkv_cache_object *cache, struct fkv_device_pool *pool, int32_t index,
@@ -247,8 +292,8 @@ fkv_status fkv_device_flush(struct fkv_cache_object *cache) {
     memcpy(memory, d->pending, bytes);
     status = fkv_device_send(cache, d->patches.address, bytes);
     if (status == FKV_OK) {
-        int error = ctx->cuda->patch(ctx->device, d->patches.address, (int)d->n_pending,
-                                     ctx->stream);
+        int error =
+            ctx->cuda->patch(ctx->device, d->patches.address, (int)d->n_pending, ctx->stream);
         status = FKV_DEVICE_CHECK(ctx, error, "page tables");
     }
     d->n_pending = 0;

@@ -53,9 +53,8 @@ static fkv_status grow_table(struct fkv_cache_object *cache, struct fkv_seq *seq
             struct fkv_device_page *page = *fkv_device_entry(s, l, i);
             *fkv_device_entry(&next, l, i) = page;
             if (page) {
-                status = fkv_device_patch(cache,
-                                          next.table + (uint64_t)((int64_t)l * slots + i) * 8,
-                                          page->address, 0);
+                status = fkv_device_patch(
+                    cache, next.table + (uint64_t)((int64_t)l * slots + i) * 8, page->address, 0);
             }
         }
     }
@@ -86,7 +85,8 @@ static fkv_status need_slots(struct fkv_cache_object *cache, struct fkv_seq *seq
     return slots > seq->device->slots ? grow_table(cache, seq, slots) : FKV_OK;
 }
 
-fkv_status fkv_device_seq_slots(struct fkv_cache_object *cache, struct fkv_seq *seq, int64_t tokens) {
+fkv_status fkv_device_seq_slots(struct fkv_cache_object *cache, struct fkv_seq *seq,
+                                int64_t tokens) {
     return need_slots(cache, seq, body_tiles(cache, tokens) + 1);
 }
 
@@ -159,7 +159,8 @@ fkv_status fkv_device_layer_grow(struct fkv_cache_object *cache, struct fkv_seq 
 }
 
 /* Drops all entries from `first` on. */
-static void drop_from(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, int64_t first) {
+static void drop_from(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                      int64_t first) {
     struct fkv_device_seq *s = seq->device;
     for (int64_t i = first; i < s->slots; i++) {
         struct fkv_device_page **entry = fkv_device_entry(s, layer, i);
@@ -215,7 +216,8 @@ fkv_status fkv_device_seq_fork(struct fkv_cache_object *cache, const struct fkv_
         for (int64_t i = 0; status == FKV_OK && i < from->slots; i++) {
             struct fkv_device_page *page = *fkv_device_entry(from, l, i);
             if (page) {
-                status = set_entry(cache, child, l, i, fkv_device_page_share(cache, child, page), 0);
+                status =
+                    set_entry(cache, child, l, i, fkv_device_page_share(cache, child, page), 0);
             }
         }
     }

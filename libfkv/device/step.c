@@ -10,7 +10,8 @@
 #include <sched.h>
 #include <string.h>
 
-#define SHORT_STEP 64      /* new tokens of a sequence, at most, for a step that is prepared as a whole */
+#define SHORT_STEP                                                                                 \
+    64 /* new tokens of a sequence, at most, for a step that is prepared as a whole */
 #define MAX_QUERIES (1 << 18)
 #define MAX_GRID_PER_PROCESSOR 2
 
@@ -29,7 +30,8 @@ static fkv_status make_plan(struct fkv_plan_object *plan) {
         return fkv_cache_refused(cache);
     }
     p->n_lists = cache->device->c.coded ? layers : 1;
-    p->lists = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)p->n_lists * sizeof *p->lists);
+    p->lists =
+        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)p->n_lists * sizeof *p->lists);
     p->ready = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)layers);
     plan->device = p;
     if (!p->lists || !p->ready) {
@@ -47,7 +49,8 @@ static void free_rows(struct fkv_cache_object *cache, struct fkv_device_plan *p)
         p->lists[i].key = NULL;
         p->lists[i].valid = false;
     }
-    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->rows, (size_t)p->row_capacity * sizeof *p->rows);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->rows,
+                   (size_t)p->row_capacity * sizeof *p->rows);
     p->rows = NULL;
     p->row_capacity = 0;
 }
@@ -67,8 +70,7 @@ void fkv_device_plan_free(struct fkv_plan_object *plan) {
     fkv_device_release(cache, &p->counters);
     fkv_device_release(cache, &p->seals);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->lists, (size_t)p->n_lists * sizeof *p->lists);
-    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->ready,
-                   (size_t)cache->profile->model.n_layers);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->ready, (size_t)cache->profile->model.n_layers);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p, sizeof *p);
     plan->device = NULL;
 }
@@ -86,8 +88,8 @@ void fkv_device_plan_end(struct fkv_plan_object *plan) {
 }
 
 static fkv_status outgrown(struct fkv_plan_object *plan, const char *what) {
-    return fkv_fail(plan->ctx, FKV_ERR_STATE, "the captured plan has no room for so many %s: capture again",
-                    what);
+    return fkv_fail(plan->ctx, FKV_ERR_STATE,
+                    "the captured plan has no room for so many %s: capture again", what);
 }
 
 static fkv_status need_rows(struct fkv_plan_object *plan, int64_t rows) {
@@ -102,8 +104,8 @@ static fkv_status need_rows(struct fkv_plan_object *plan, int64_t rows) {
     p->rows = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)capacity * sizeof *p->rows);
     bool good = p->rows != NULL;
     for (int32_t i = 0; good && i < p->n_lists; i++) {
-        p->lists[i].key = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES,
-                                          (size_t)capacity * 3 * sizeof(int64_t));
+        p->lists[i].key =
+            fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)capacity * 3 * sizeof(int64_t));
         good = p->lists[i].key != NULL;
     }
     return good ? FKV_OK : fkv_cache_refused(cache);
@@ -165,8 +167,8 @@ static fkv_status need_buffers(struct fkv_plan_object *plan) {
             return outgrown(plan, "tokens");
         }
         const int64_t capacity = angles + angles / 4 + 1024;
-        fkv_status status = fkv_device_reserve(plan->cache, &p->rope,
-                                               (size_t)capacity * (pairs ? pairs : 1) * 2 * sizeof(float));
+        fkv_status status = fkv_device_reserve(
+            plan->cache, &p->rope, (size_t)capacity * (pairs ? pairs : 1) * 2 * sizeof(float));
         if (status != FKV_OK) {
             return status;
         }
@@ -201,7 +203,8 @@ static fkv_status send_step(struct fkv_plan_object *plan, const struct fkv_plan_
         const struct fkv_row *row = &next->rows[i];
         for (int64_t t = p->rows[i].rope_first; t < row->base + row->n_new; t++) {
             const int64_t token = row->offset + t - row->base;
-            *positions++ = (int32_t)(batch->positions && t >= row->base ? batch->positions[token] : t);
+            *positions++ =
+                (int32_t)(batch->positions && t >= row->base ? batch->positions[token] : t);
         }
     }
     status = fkv_device_send(cache, p->step.address, bytes);
@@ -227,10 +230,11 @@ static fkv_status check_batch(struct fkv_plan_object *plan, const struct fkv_pla
         const struct fkv_row *row = &next->rows[i];
         for (int64_t t = 0; t < row->n_new; t++) {
             if (batch->positions[row->offset + t] != row->base + t) {
-                return fkv_fail(plan->ctx, FKV_ERR_UNSUPPORTED,
-                                "positions[%lld]: in calibrated caches on CUDA a token's position is "
-                                "its index",
-                                (long long)(row->offset + t));
+                return fkv_fail(
+                    plan->ctx, FKV_ERR_UNSUPPORTED,
+                    "positions[%lld]: in calibrated caches on CUDA a token's position is "
+                    "its index",
+                    (long long)(row->offset + t));
             }
         }
     }
@@ -238,7 +242,10 @@ static fkv_status check_batch(struct fkv_plan_object *plan, const struct fkv_pla
 }
 
 /* Exact pages of one layer for the step; all rows or none. */
-static fkv_status ready_layer(struct fkv_plan_object *plan, const struct fkv_plan_object *next, int layer) {
+static fkv_status ready_layer(struct fkv_plan_object *plan, const struct fkv_plan_object *next,
+                              int layer) {
+    struct fkv_device_cache *d = plan->cache->device;
+    const int64_t noted = d->n_pending;
     fkv_status status = FKV_OK;
     for (int64_t i = 0; status == FKV_OK && i < next->n_rows; i++) {
         const struct fkv_row *row = &next->rows[i];
@@ -253,6 +260,7 @@ static fkv_status ready_layer(struct fkv_plan_object *plan, const struct fkv_pla
     for (int64_t i = 0; i < next->n_rows; i++) {
         fkv_device_layer_shrink(plan->cache, next->rows[i].seq, layer);
     }
+    d->n_pending = fkv_min64(noted, d->n_pending); /* those of pages that are gone */
     return status;
 }
 
@@ -279,7 +287,8 @@ static fkv_status ready_all(struct fkv_plan_object *plan, const struct fkv_plan_
 }
 
 /* Tables that the rows' pages will need, before their addresses are sent. */
-static fkv_status prepare(struct fkv_plan_object *plan, struct fkv_plan_object *next, const fkv_batch *batch) {
+static fkv_status prepare(struct fkv_plan_object *plan, struct fkv_plan_object *next,
+                          const fkv_batch *batch) {
     struct fkv_device_plan *p = plan->device;
     const int layers = plan->cache->profile->model.n_layers;
     const int64_t noted = plan->cache->device->n_pending;
@@ -370,7 +379,8 @@ static struct fkv_cuda_attend arguments(struct fkv_plan_object *plan, int layer)
 }
 
 fkv_status fkv_device_attend(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
-                             const struct fkv_view *out, const struct fkv_view *lse, bool appended) {
+                             const struct fkv_view *out, const struct fkv_view *lse,
+                             bool appended) {
     struct fkv_ctx *ctx = plan->ctx;
     int yes = 0;
     if (!plan->tokens) {
@@ -384,8 +394,9 @@ fkv_status fkv_device_attend(struct fkv_plan_object *plan, int layer, const stru
     int error = ctx->cuda->capturing(ctx->device, ctx->stream, &yes);
     fkv_status status = FKV_DEVICE_CHECK(ctx, error, "stream");
     if (status == FKV_OK && yes && !is_short(plan)) {
-        status = fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
-                          "steps of more than %d tokens of a sequence cannot be captured", SHORT_STEP);
+        status =
+            fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                     "steps of more than %d tokens of a sequence cannot be captured", SHORT_STEP);
     }
     if (status == FKV_OK && !yes) {
         status = fkv_device_make_items(plan, layer);
@@ -404,8 +415,9 @@ fkv_status fkv_device_attend(struct fkv_plan_object *plan, int layer, const stru
 }
 
 /* Blocks that the row's tokens fill, as jobs; their pages are taken. */
-static fkv_status take_blocks(struct fkv_plan_object *plan, int64_t row, int layer, struct fkv_cuda_seal *jobs,
-                              struct fkv_device_page **pages, int64_t *n) {
+static fkv_status take_blocks(struct fkv_plan_object *plan, int64_t row, int layer,
+                              struct fkv_cuda_seal *jobs, struct fkv_device_page **pages,
+                              int64_t *n) {
     struct fkv_cache_object *cache = plan->cache;
     const struct fkv_row *r = &plan->rows[row];
     const int64_t step = fkv_device_block_tiles(cache->device);
@@ -429,7 +441,8 @@ static int64_t count_blocks(const struct fkv_plan_object *plan, int layer) {
     for (int64_t i = 0; cache->device->c.coded && i < plan->n_rows; i++) {
         const struct fkv_row *r = &plan->rows[i];
         const int64_t until = fkv_device_tiles_to_code(cache->profile, r->base + r->n_new);
-        n += fkv_max64(0, until - r->seq->layers[layer].n_coded) / fkv_device_block_tiles(cache->device);
+        n += fkv_max64(0, until - r->seq->layers[layer].n_coded) /
+             fkv_device_block_tiles(cache->device);
     }
     return n;
 }
@@ -442,8 +455,10 @@ struct sealing {
 };
 
 static void end_sealing(struct fkv_plan_object *plan, struct sealing *s) {
-    fkv_cache_free(plan->cache, NULL, FKV_CLASS_TABLES, s->jobs, (size_t)s->slots * sizeof *s->jobs);
-    fkv_cache_free(plan->cache, NULL, FKV_CLASS_TABLES, s->pages, (size_t)s->slots * sizeof *s->pages);
+    fkv_cache_free(plan->cache, NULL, FKV_CLASS_TABLES, s->jobs,
+                   (size_t)s->slots * sizeof *s->jobs);
+    fkv_cache_free(plan->cache, NULL, FKV_CLASS_TABLES, s->pages,
+                   (size_t)s->slots * sizeof *s->pages);
 }
 
 static fkv_status begin_sealing(struct fkv_plan_object *plan, int layer, struct sealing *s) {
@@ -459,7 +474,8 @@ static fkv_status begin_sealing(struct fkv_plan_object *plan, int layer, struct 
         status = take_blocks(plan, i, layer, s->jobs, s->pages, &s->n);
     }
     if (status == FKV_OK) {
-        status = fkv_device_reserve(cache, &plan->device->seals, (size_t)s->slots * sizeof *s->jobs);
+        status =
+            fkv_device_reserve(cache, &plan->device->seals, (size_t)s->slots * sizeof *s->jobs);
     }
     for (int64_t i = 0; status != FKV_OK && i < s->n; i++) {
         fkv_device_page_drop(cache, plan->rows[s->jobs[i].row].seq, s->pages[i]);
@@ -509,10 +525,18 @@ static fkv_status run_sealing(struct fkv_plan_object *plan, int layer, struct se
 static fkv_status launch_append(struct fkv_plan_object *plan, int layer, const struct fkv_view *k,
                                 const struct fkv_view *v, bool capturing) {
     struct fkv_ctx *ctx = plan->ctx;
-    const struct fkv_cuda_attend a = arguments(plan, layer);
+    struct fkv_cuda_attend a = arguments(plan, layer);
     const struct fkv_cuda_view keys = cuda_view(k), values = cuda_view(v);
-    /* a graph may be replayed with more tokens, up to what the plan's buffers hold */
-    const int64_t most = capturing ? plan->device->rope_capacity : plan->tokens;
+    /* how many warps; a replay with more tokens only takes longer */
+    const int64_t most =
+        capturing ? fkv_max64(plan->tokens, 4 * plan->device->row_capacity) : plan->tokens;
+    a.n_rows = (int32_t)plan->n_rows;
+    for (int64_t i = 0; !is_short(plan) && i < plan->n_rows; i++) {
+        a.longest = (int32_t)fkv_max64(a.longest, plan->rows[i].n_new);
+    }
+    if (a.n_rows > 65535) {
+        a.longest = 0; /* more than a grid's z: token by token */
+    }
     int error = ctx->cuda->append(ctx->device, &plan->cache->device->c, &a, &keys, &values,
                                   (int)fkv_min64(most, INT32_MAX), ctx->stream);
     return FKV_DEVICE_CHECK(ctx, error, "append");
@@ -536,8 +560,9 @@ fkv_status fkv_device_append(struct fkv_plan_object *plan, int layer, const stru
     int error = ctx->cuda->capturing(ctx->device, ctx->stream, &capturing);
     fkv_status status = FKV_DEVICE_CHECK(ctx, error, "stream");
     if (status == FKV_OK && capturing && !plan->device->ready[layer]) {
-        status = fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
-                          "steps of more than %d tokens of a sequence cannot be captured", SHORT_STEP);
+        status =
+            fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                     "steps of more than %d tokens of a sequence cannot be captured", SHORT_STEP);
     }
     if (status == FKV_OK && !plan->device->ready[layer]) {
         status = ready_layer(plan, plan, layer);
@@ -579,14 +604,16 @@ fkv_status fkv_device_replayed(struct fkv_plan_object *plan) {
 }
 
 fkv_status fkv_device_read(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
-                           fkv_part part, int64_t first, int64_t count, const struct fkv_view *out) {
+                           fkv_part part, int64_t first, int64_t count,
+                           const struct fkv_view *out) {
     struct fkv_ctx *ctx = cache->ctx;
     const struct fkv_cuda_view view = cuda_view(out);
     const struct fkv_layer *l = &seq->layers[layer];
     if (!count) {
         return FKV_OK;
     }
-    int error = ctx->cuda->read(ctx->device, &cache->device->c, seq->device->table, seq->device->slots,
-                                layer, part, l->n_coded, first, count, &view, ctx->stream);
+    int error =
+        ctx->cuda->read(ctx->device, &cache->device->c, seq->device->table, seq->device->slots,
+                        layer, part, l->n_coded, first, count, &view, ctx->stream);
     return FKV_DEVICE_CHECK(ctx, error, "reading back");
 }

@@ -87,7 +87,8 @@ static void make_channels(struct world *w) {
         w->bits[part] = malloc(n);
         w->carriers[part] = malloc(n * sizeof(float));
         for (size_t i = 0; i < n; i++) {
-            w->bits[part][i] = (uint8_t)(c->bits == 99 ? some[random_int(&w->random, 0, 9)] : c->bits);
+            w->bits[part][i] =
+                (uint8_t)(c->bits == 99 ? some[random_int(&w->random, 0, 9)] : c->bits);
             w->carriers[part][i] = (float)(3.0 * random_uniform(&w->random) - 1.5);
         }
     }
@@ -242,9 +243,11 @@ static void run_layer(struct world *w, struct step *s, int l) {
 }
 
 /* What a sequence holds, as doubles [tokens][hk][dim]. */
-static double *read_part(struct world *w, fkv_sequence id, int layer, fkv_part part, int64_t tokens) {
+static double *read_part(struct world *w, fkv_sequence id, int layer, fkv_part part,
+                         int64_t tokens) {
     struct array a = new_array(FKV_DTYPE_F32, tokens, w->c->hk, w->c->dim);
-    OK(w, fkv_sequence_read(w->cache, id, layer, 0, tokens, part ? NULL : &a.t, part ? &a.t : NULL));
+    OK(w,
+       fkv_sequence_read(w->cache, id, layer, 0, tokens, part ? NULL : &a.t, part ? &a.t : NULL));
     fetch(&a);
     const size_t n = a.bytes / sizeof(float);
     double *x = malloc(n * sizeof *x);
@@ -256,8 +259,8 @@ static double *read_part(struct world *w, fkv_sequence id, int layer, fkv_part p
 }
 
 /* Compares one query token's outputs with float64 over k and v. Returns the largest share of the tolerance. */
-static double compare_token(struct world *w, struct step *s, int layer, int64_t token, int64_t position,
-                            int64_t visible, const double *k, const double *v) {
+static double compare_token(struct world *w, struct step *s, int layer, int64_t token,
+                            int64_t position, int64_t visible, const double *k, const double *v) {
     const struct config *c = w->c;
     double worst = 0;
     for (int h = 0; h < c->hq; h++) {
@@ -268,8 +271,9 @@ static double compare_token(struct world *w, struct step *s, int layer, int64_t 
         }
         oracle_rope(&w->model, position, q);
         const int head = h / (c->hq / c->hk);
-        const struct oracle_row row = oracle_attend(q, k + head * c->dim, v + head * c->dim, visible,
-                                                    c->hk * c->dim, c->dim, oracle_scale(&w->model), o);
+        const struct oracle_row row =
+            oracle_attend(q, k + head * c->dim, v + head * c->dim, visible, c->hk * c->dim, c->dim,
+                          oracle_scale(&w->model), o);
         for (int d = 0; d < c->dim; d++) {
             /* factors are split in two 16-bit parts: bf16 keeps 2^-16 of them, f16 2^-21; carriers at f16's */
             double tolerance = oracle_tolerance(&row, o[d], c->out) +
@@ -277,9 +281,9 @@ static double compare_token(struct world *w, struct step *s, int layer, int64_t 
                                    (1 + row.max_score) * row.max_value;
             double error = fabs(at(&s->out[layer], first + (size_t)d) - o[d]);
             if (!(error <= tolerance)) {
-                fail_msg("%s: layer %d token %lld head %d channel %d: %.9g, expected %.9g +- %.2g", c->name,
-                         layer, (long long)token, h, d, at(&s->out[layer], first + (size_t)d), o[d],
-                         tolerance);
+                fail_msg("%s: layer %d token %lld head %d channel %d: %.9g, expected %.9g +- %.2g",
+                         c->name, layer, (long long)token, h, d,
+                         at(&s->out[layer], first + (size_t)d), o[d], tolerance);
             }
             worst = fmax(worst, error / tolerance);
         }
@@ -306,8 +310,8 @@ static double compare_step(struct world *w, struct step *s) {
             double *v = read_part(w, s->ids[i], l, FKV_PART_V, after);
             const int64_t jump = s->n_new[i] > 8 ? s->n_new[i] / 5 : 1;
             for (int64_t t = 0; t < s->n_new[i]; t += jump) {
-                worst = fmax(worst, compare_token(w, s, l, token + t, s->base[i] + t, s->base[i] + t + 1,
-                                                  k, v));
+                worst = fmax(worst, compare_token(w, s, l, token + t, s->base[i] + t,
+                                                  s->base[i] + t + 1, k, v));
             }
             free(k);
             free(v);
@@ -319,34 +323,34 @@ static double compare_step(struct world *w, struct step *s) {
 /* ---- tests */
 
 static const struct config configs[] = {
-    {"exact f16", 2, 8, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_BF16, FKV_DTYPE_F32, -1,
-     0, 0, 0, 0, 500000},
+    {"exact f16", 2, 8, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_BF16,
+     FKV_DTYPE_F32, -1, 0, 0, 0, 0, 500000},
     {"exact bf16, 8 heads", 1, 16, 2, 64, 64, FKV_ROPE_INTERLEAVED, FKV_DTYPE_BF16, FKV_DTYPE_BF16,
      FKV_DTYPE_BF16, -1, 0, 0, 0, 0, 10000},
-    {"exact f16, 16 heads, odd dimension", 1, 32, 2, 72, 32, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32,
-     FKV_DTYPE_F32, -1, 0, 0, 0, 0, 10000},
-    {"exact f16, no rope, 1 head", 1, 1, 1, 256, 0, FKV_ROPE_NONE, FKV_DTYPE_F16, FKV_DTYPE_F16, FKV_DTYPE_F16,
-     -1, 0, 0, 0, 0, 10000},
-    {"mixed bits", 2, 8, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 99, 128,
-     128, 4, 128, 500000},
-    {"mixed bits, bf16, 8 heads, blocks of 2", 1, 16, 2, 64, 64, FKV_ROPE_INTERLEAVED, FKV_DTYPE_BF16,
-     FKV_DTYPE_BF16, FKV_DTYPE_F32, 99, 64, 128, 5, 40, 10000},
-    {"mixed bits, blocks of 256", 1, 6, 2, 96, 64, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32,
-     99, 128, 256, 0, 0, 10000},
-    {"0 bits", 1, 4, 1, 64, 64, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 0, 64, 64, 4, 64,
-     10000},
-    {"2 bits", 1, 4, 1, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 2, 128, 128, 4,
-     64, 10000},
-    {"3 bits", 1, 4, 1, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 3, 64, 64, 4,
-     64, 10000},
-    {"4 bits", 1, 4, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_BF16, FKV_DTYPE_F32, FKV_DTYPE_F32, 4, 128, 128,
-     4, 64, 10000},
-    {"8 bits", 1, 4, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 8, 128, 128, 4,
-     64, 10000},
-    {"16 bits", 1, 4, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 16, 128, 128,
-     4, 64, 10000},
-    {"mixed bits, no rope", 1, 4, 2, 64, 0, FKV_ROPE_NONE, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 99, 128,
-     128, 4, 64, 10000},
+    {"exact f16, 16 heads, odd dimension", 1, 32, 2, 72, 32, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16,
+     FKV_DTYPE_F32, FKV_DTYPE_F32, -1, 0, 0, 0, 0, 10000},
+    {"exact f16, no rope, 1 head", 1, 1, 1, 256, 0, FKV_ROPE_NONE, FKV_DTYPE_F16, FKV_DTYPE_F16,
+     FKV_DTYPE_F16, -1, 0, 0, 0, 0, 10000},
+    {"mixed bits", 2, 8, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32,
+     FKV_DTYPE_F32, 99, 128, 128, 4, 128, 500000},
+    {"mixed bits, bf16, 8 heads, blocks of 2", 1, 16, 2, 64, 64, FKV_ROPE_INTERLEAVED,
+     FKV_DTYPE_BF16, FKV_DTYPE_BF16, FKV_DTYPE_F32, 99, 64, 128, 5, 40, 10000},
+    {"mixed bits, blocks of 256", 1, 6, 2, 96, 64, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16,
+     FKV_DTYPE_F32, FKV_DTYPE_F32, 99, 128, 256, 0, 0, 10000},
+    {"0 bits", 1, 4, 1, 64, 64, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32, 0,
+     64, 64, 4, 64, 10000},
+    {"2 bits", 1, 4, 1, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32,
+     2, 128, 128, 4, 64, 10000},
+    {"3 bits", 1, 4, 1, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32,
+     3, 64, 64, 4, 64, 10000},
+    {"4 bits", 1, 4, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_BF16, FKV_DTYPE_F32, FKV_DTYPE_F32,
+     4, 128, 128, 4, 64, 10000},
+    {"8 bits", 1, 4, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32,
+     8, 128, 128, 4, 64, 10000},
+    {"16 bits", 1, 4, 2, 128, 128, FKV_ROPE_HALF_SPLIT, FKV_DTYPE_F16, FKV_DTYPE_F32, FKV_DTYPE_F32,
+     16, 128, 128, 4, 64, 10000},
+    {"mixed bits, no rope", 1, 4, 2, 64, 0, FKV_ROPE_NONE, FKV_DTYPE_F16, FKV_DTYPE_F32,
+     FKV_DTYPE_F32, 99, 128, 128, 4, 64, 10000},
 };
 
 static void run_steps(struct world *w, struct step *s) {
@@ -366,7 +370,8 @@ static void test_outputs(void **state) {
         for (int j = 0; j < s.count; j++) {
             OK(&w, fkv_sequence_create(w.cache, NULL, &s.ids[j]));
         }
-        static const int64_t steps[][3] = {{1300, 3, 500}, {1, 1, 1}, {5, 0, 2}, {1, 2, 1}, {300, 1, 1}, {1, 1, 1}};
+        static const int64_t steps[][3] = {{1300, 3, 500}, {1, 1, 1},   {5, 0, 2},
+                                           {1, 2, 1},      {300, 1, 1}, {1, 1, 1}};
         for (size_t k = 0; k < sizeof steps / sizeof steps[0]; k++) {
             memcpy(s.n_new, steps[k], sizeof steps[k]);
             run_steps(&w, &s);
@@ -408,8 +413,8 @@ static void test_attend_alone(void **state) {
 
 /* Codes, scales and zero points: read back from a coded cache against the reference quantiser applied to what an
  * exact cache holds of the same tokens. */
-static void expect_block(struct world *w, const double *exact, const double *coded, int layer, fkv_part part, int head,
-                         int d, int64_t first, int64_t *wrong) {
+static void expect_block(struct world *w, const double *exact, const double *coded, int layer,
+                         fkv_part part, int head, int d, int64_t first, int64_t *wrong) {
     const struct config *c = w->c;
     const int channel = (layer * c->hk + head) * c->dim + d, bits = w->bits[part][channel];
     struct fkv_kernels kernels;
@@ -433,7 +438,9 @@ static void expect_block(struct world *w, const double *exact, const double *cod
                 const int pairs = c->rope_dim / 2;
                 const bool inter = c->layout == FKV_ROPE_INTERLEAVED;
                 const bool is_first = inter ? d % 2 == 0 : d < pairs;
-                const int pair = inter ? d / 2 : d % pairs, e = inter ? d ^ 1 : is_first ? d + pairs : d - pairs;
+                const int pair = inter ? d / 2 : d % pairs, e = inter      ? d ^ 1
+                                                                : is_first ? d + pairs
+                                                                           : d - pairs;
                 const float *m = w->carriers[part] + (layer * c->hk + head) * c->dim;
                 const float co = (float)cos((double)position * w->inv_freq[pair]);
                 const float si = (float)sin((double)position * w->inv_freq[pair]);
@@ -450,7 +457,8 @@ static void expect_block(struct world *w, const double *exact, const double *cod
             const float one = 1.0f, none = 0.0f;
             float unpacked[64];
             uint16_t counts[FKV_N_PACKED] = {bits == 8, bits == 4, bits == 3, bits == 2};
-            kernels.scores_packed(unpacked, 64, &one, 1, &none, codes + t / 64 * 8 * bits, counts, 1, 0, NULL);
+            kernels.scores_packed(unpacked, 64, &one, 1, &none, codes + t / 64 * 8 * bits, counts,
+                                  1, 0, NULL);
             const double scaled = oracle_load(&scale, FKV_DTYPE_F16) * (double)unpacked[t % 64];
             const double expected = carrier[t] + oracle_load(&zero, FKV_DTYPE_F16) + scaled;
             const double got = coded[((first + g + t) * c->hk + head) * c->dim + d];
@@ -472,7 +480,8 @@ static void test_codes(void **state) {
         plain.bits = -1;
         open_world(&w, c, 5 + i);
         open_world(&e, &plain, 5 + i);
-        const int64_t tokens = c->n_sink + c->n_local + 3 * c->block + 5, until = c->n_sink + 3 * c->block;
+        const int64_t tokens = c->n_sink + c->n_local + 3 * c->block + 5,
+                      until = c->n_sink + 3 * c->block;
         s.n_new[0] = tokens;
         OK(&w, fkv_sequence_create(w.cache, NULL, &s.ids[0]));
         plan_step(&w, &s);
@@ -552,7 +561,8 @@ static void test_exact_bits(void **state) {
         fkv_tensor t;
         got[part] = malloc((size_t)(333 * w.c->hk * w.c->dim) * sizeof(float));
         fkv_tensor_init(&t, got[part], FKV_DTYPE_F32, 3, shape);
-        check(cpu, fkv_sequence_read(cache, id, 0, 0, 333, part ? NULL : &t, part ? &t : NULL), "read");
+        check(cpu, fkv_sequence_read(cache, id, 0, 0, 333, part ? NULL : &t, part ? &t : NULL),
+              "read");
         double *x = read_part(&w, s.ids[0], 0, part, 333);
         int64_t wrong = 0;
         for (int64_t i = 0; i < 333 * w.c->hk * w.c->dim; i++) {
@@ -613,7 +623,8 @@ static void test_graph(void **state) {
                 run_layer(&w[1], &s[1], l);
                 fetch(&s[0].out[l]);
                 fetch(&s[1].out[l]);
-                assert_memory_equal(s[0].out[l].host, s[1].out[l].host, s[0].out[l].bytes + 2 * GUARD);
+                assert_memory_equal(s[0].out[l].host, s[1].out[l].host,
+                                    s[0].out[l].bytes + 2 * GUARD);
             }
         }
         compare_step(&w[0], &s[0]);
@@ -699,13 +710,13 @@ static void test_bad_places(void **state) {
 static void test_memory(void **state) {
     (void)state;
     struct world w;
-    struct step s = {.count = 1, .n_new = {20000}};
+    struct step s = {.count = 1, .n_new = {100000}};
     open_world(&w, &configs[4], 2);
     OK(&w, fkv_plan_destroy(w.plan));
     OK(&w, fkv_cache_destroy(w.cache));
     fkv_cache_params p;
     fkv_cache_params_init(&p, sizeof p);
-    p.max_bytes = 12 << 20;
+    p.max_bytes = 96 << 20;
     OK(&w, fkv_cache_create(w.ctx, w.profile, &p, &w.cache));
     OK(&w, fkv_plan_create(w.cache, &w.plan));
     OK(&w, fkv_sequence_create(w.cache, NULL, &s.ids[0]));
@@ -735,7 +746,8 @@ static void test_memory(void **state) {
     OK(&w, fkv_cache_stats(w.cache, FKV_ALL_SEQUENCES, &stats));
     gpu_synchronize();
     const double used = (double)(before - gpu_free_bytes()) - (double)own;
-    print_message("driver: %.1f MB, statistics: %.1f MB\n", used * 1e-6, (double)stats.bytes * 1e-6);
+    print_message("driver: %.1f MB, statistics: %.1f MB\n", used * 1e-6,
+                  (double)stats.bytes * 1e-6);
     assert_true(fabs(used - (double)stats.bytes) < 24e6);
     free_arrays(&w, &s);
     close_world(&w);
@@ -751,9 +763,10 @@ int main(int argc, char **argv) {
     stream = gpu_stream_new();
     printf("%s, driver %d\n", gpu_name(), gpu_driver_version());
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exact_bits),   cmocka_unit_test(test_codes),      cmocka_unit_test(test_outputs),
-        cmocka_unit_test(test_attend_alone), cmocka_unit_test(test_graph),      cmocka_unit_test(test_forks),
-        cmocka_unit_test(test_bad_places),   cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_exact_bits), cmocka_unit_test(test_codes),
+        cmocka_unit_test(test_outputs),    cmocka_unit_test(test_attend_alone),
+        cmocka_unit_test(test_graph),      cmocka_unit_test(test_forks),
+        cmocka_unit_test(test_bad_places), cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -122,9 +122,12 @@ int main(int argc, char **argv) {
     foreign_path = argc > 1 ? realpath(argv[1], NULL) : NULL;
     module_path = argc > 2 ? realpath(argv[2], NULL) : NULL;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_missing_module), cmocka_unit_test(test_foreign_module),
-        cmocka_unit_test(test_environment),    cmocka_unit_test(test_device),
-        cmocka_unit_test(test_cpu),            cmocka_unit_test(test_old_params),
+        cmocka_unit_test(test_missing_module),
+        cmocka_unit_test(test_foreign_module),
+        cmocka_unit_test(test_environment),
+        cmocka_unit_test(test_device),
+        cmocka_unit_test(test_cpu),
+        cmocka_unit_test(test_old_params),
     };
     unsetenv("FKV_CUDA_MODULE");
     return cmocka_run_group_tests(tests, NULL, NULL);
