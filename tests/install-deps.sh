@@ -12,6 +12,9 @@ package_of() {
     cmocka) echo libcmocka-dev ;;
     openblas) echo libopenblas-dev ;;
     libc) echo libc6-dev ;;
+    python) echo python3 ;;
+    python-venv) echo python3-venv ;;
+    python-headers) echo python3-dev ;;
     *) echo "$1" ;;
     esac
 }
@@ -20,6 +23,13 @@ is_there() {
     case $1 in
     jansson | cmocka | openblas) pkg-config --exists "$1" 2>/dev/null ;;
     libc) echo '#include <stdio.h>' | gcc -fsyntax-only -x c - 2>/dev/null ;;
+    python) command -v python3 >/dev/null 2>&1 ;;
+    python-venv) python3 -c 'import venv, ensurepip' 2>/dev/null ;;
+    python-headers)
+        python3 -c 'import os, sysconfig
+include = sysconfig.get_paths()["include"]
+raise SystemExit(not os.path.exists(os.path.join(include, "Python.h")))' 2>/dev/null
+        ;;
     *) command -v "$1" >/dev/null 2>&1 ;;
     esac
 }

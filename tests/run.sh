@@ -1,8 +1,10 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Builds and runs all tests, then those of the library again under sanitizers. The last line is
-# "N passed, N failed". Works in build/ and build-asan/, which it makes anew; installs missing Debian
-# packages if it may.
+# Builds and runs all tests, then those of the library and of the Python package again under sanitizers.
+# The last line is "N passed, N failed". Works in build/ and build-asan/, which it makes anew; installs
+# missing Debian packages if it may, and Python's into build/venv.
+#     FKV_TORCH=1     installs torch there too (3 GB to fetch), for the tests that use it
+#     FKV_PYTHON=0    leaves the Python package out
 set -eu
 cd "$(dirname "$0")/.."
 . tests/install-deps.sh
@@ -50,6 +52,73 @@ check_leak_detection() {
     rm -rf "$probe"
 }
 
+# A clean environment, into which the package is installed as users install it
+install_python_package() {
+    python3 -m venv build/venv &&
+        build/venv/bin/pip install -q --disable-pip-version-check ./bindings/python &&
+        (cd / && "$OLDPWD/build/venv/bin/python" -c 'import fkv; print("fkv", fkv.version())') &&
+        build/venv/bin/pip install -q --disable-pip-version-check pytest pycparser matplotlib
+}
+
+install_torch() {
+    if [ "${FKV_TORCH:-0}" != 1 ]; then
+        echo "without torch: FKV_TORCH=1 would fetch it"
+        return
+    fi
+    begin=$(date +%s)
+    build/venv/bin/pip install -q --disable-pip-version-check torch || echo "torch: not to be had"
+    echo "torch took $(($(date +%s) - begin)) s"
+}
+
+# run_pytest NAME [ARGUMENT ..]
+run_pytest() {
+    results=$PWD/build/$1.xml
+    shift
+    build/venv/bin/python -m pytest -q -p no:cacheprovider --junitxml="$results" "$@" \
+        tests/bindings || true
+    if [ -s "$results" ]; then
+        logs="$logs $results"
+    else
+        failed=$((failed + 1))
+    fi
+}
+
+test_python() {
+    if ! install_python_package; then
+        echo "the Python package cannot be installed"
+        failed=$((failed + 1))
+        return
+    fi
+    install_torch
+    run_pytest python
+    build/venv/bin/python tests/bindings/call_cost.py build/tests/bindings/call_cost ||
+        failed=$((failed + 1))
+}
+
+# The sanitizers' runtime must come first in a process that was not built with it. Leaks are left to the
+# C tests: Python itself has some.
+test_python_under_sanitizers() {
+    [ -x build/venv/bin/pytest ] || return 0
+    (
+        LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+        LD_LIBRARY_PATH=$PWD/build-asan/libfkv
+        ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0
+        export LD_PRELOAD LD_LIBRARY_PATH ASAN_OPTIONS
+        if ! build/venv/bin/python -c 'import fkv
+raise SystemExit("build-asan/libfkv" not in open("/proc/self/maps").read())'; then
+            echo "the library with sanitizers was not loaded"
+            exit
+        fi
+        $fixed build/venv/bin/python -m pytest -q -p no:cacheprovider \
+            --junitxml="$PWD/build/python-asan.xml" -m 'not torch' tests/bindings/python
+    ) || true
+    if [ -s build/python-asan.xml ]; then
+        logs="$logs build/python-asan.xml"
+    else
+        failed=$((failed + 1))
+    fi
+}
+
 check_format() {
     formatter=
     for candidate in clang-format-14 clang-format; do
@@ -62,7 +131,7 @@ check_format() {
         echo "skipped: there is no clang-format 14, and other versions format otherwise"
         return
     fi
-    unformatted=$(find include libfkv tests examples -name '*.[ch]' | while read -r file; do
+    unformatted=$(find include libfkv bindings tests examples -name '*.[ch]' | while read -r file; do
         "$formatter" --style=file "$file" | cmp -s - "$file" || echo "$file"
     done)
     if [ -z "$unformatted" ]; then
@@ -75,14 +144,21 @@ check_format() {
 }
 
 section "what is needed"
-if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas; then
+if ! install_missing gcc g++ libc pkg-config meson ninja jansson cmocka openblas python \
+    python-venv python-headers; then
     echo "0 passed, 1 failed"
     exit 1
 fi
+install_missing cargo rustfmt bindgen || echo "tests of the Rust crates that need these are skipped"
 echo "ok"
 
 section "release build"
 build_and_test build "" ""
+
+if [ "${FKV_PYTHON:-1}" = 1 ]; then
+    section "Python package"
+    test_python
+fi
 
 section "address and undefined-behaviour sanitizers"
 # Instrumented code is 10 to 30 times slower, so the tests take smaller shapes. It also makes the
@@ -94,7 +170,12 @@ export FKV_QUICK UBSAN_OPTIONS ASAN_OPTIONS
 check_leak_detection
 build_and_test build-asan \
     "-Db_sanitize=address,undefined -Doptimization=1 -Dwerror=false -Dexamples=false" \
-    "--timeout-multiplier 3 --suite api --suite kern --suite property"
+    "--timeout-multiplier 3 --suite api --suite kern --suite property --suite rust"
+
+if [ "${FKV_PYTHON:-1}" = 1 ]; then
+    section "Python package under the sanitizers"
+    test_python_under_sanitizers
+fi
 
 section "format"
 check_format

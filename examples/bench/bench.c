@@ -29,7 +29,9 @@ static const char usage[] =
     "  --op attend|append     what to time: one new token for each sequence, or storing\n"
     "                         and coding all tokens (default attend)\n"
     "  --profile PROFILE      exact | fourier:SHARE[:BINS] with SHARE of the channels coded\n"
-    "                         (BINS default 512) | FILE, a profile as JSON\n"
+    "                         (BINS default 512) | coded:RATE, calibrated with random\n"
+    "                         carriers and bits of 0, 2 and 4, RATE bits for an element |\n"
+    "                         uniform:BITS | FILE, a profile as JSON\n"
     "                         (default fourier:0.8)\n"
     "  --layer N              layer of FILE to take (default 0)\n"
     "  --storage f16|bf16|f32 type of what is held exactly (default f16; not with FILE)\n"
@@ -213,16 +215,40 @@ static void init_fourier(struct bench_model *model, const struct options *o, con
     bench_model_code(model, share, r);
 }
 
+/* "coded:RATE" or "uniform:BITS" */
+static void init_calibrated(struct bench_model *model, const struct options *o, const char *rest,
+                            struct bench_random *r) {
+    bool uniform = *o->profile == 'u';
+    char *end;
+    double number = strtod(rest, &end);
+
+    if (end == rest || *end || !(number >= 0 && number <= 16))
+        value_error("--profile", o->profile);
+    if (!(uniform ? bench_model_uniform(model, (int)number) && number == (int)number
+                  : bench_model_calibrate(model, number, r)))
+        value_error("--profile", o->profile);
+}
+
 static void init_model(struct bench_model *model, const struct options *o, fkv_context *ctx,
                        struct bench_random *r) {
     const double theta = 500000;
-    const char *fourier = "fourier:";
-    bool exact = !strcmp(o->profile, "exact");
-    if (exact || !strncmp(o->profile, fourier, strlen(fourier))) {
+    static const struct {
+        const char *prefix;
+        void (*init)(struct bench_model *, const struct options *, const char *,
+                     struct bench_random *);
+    } forms[] = {{"fourier:", init_fourier},
+                 {"coded:", init_calibrated},
+                 {"uniform:", init_calibrated},
+                 {"exact", NULL}};
+    for (size_t i = 0; i < sizeof(forms) / sizeof(forms[0]); i++) {
+        size_t length = strlen(forms[i].prefix);
+        if (strncmp(o->profile, forms[i].prefix, length) != 0 ||
+            (!forms[i].init && o->profile[length]))
+            continue;
         bench_model_init(model, o->hq, o->hk, o->dim, theta);
         model->storage = o->storage ? o->storage : FKV_DTYPE_F16;
-        if (!exact)
-            init_fourier(model, o, o->profile + strlen(fourier), r);
+        if (forms[i].init)
+            forms[i].init(model, o, o->profile + length, r);
         return;
     }
     if (o->shape_given || o->storage)
@@ -404,14 +430,14 @@ int main(int argc, char **argv) {
 
     init_model(&models[1], &o, ctx, &r);
     models[0] = models[1];
-    models[0].coded = false;
+    models[0].coded = models[0].calibrated = false;
     models[0].storage = FKV_DTYPE_BF16;
     fprintf(stderr, "measuring the read bandwidth\n");
     double bandwidth = bench_read_bandwidth(info.threads, buffer);
     for (int i = 0; i < 2; i++)
         bench_variant_init(&v[i], ctx, &models[i], o.tokens, o.batch, o.op == OP_APPEND, o.repeats);
     (o.op == OP_ATTEND ? time_attend : time_append)(v, &o, &r);
-    if (models[1].coded && !v[1].tokens_coded)
+    if ((models[1].coded || models[1].calibrated) && !v[1].tokens_coded)
         fprintf(stderr, "note: so few tokens all stay exact\n");
     for (int i = 0; i < 2; i++)
         results[i] = result_of(&v[i], &o, bandwidth);

@@ -33,7 +33,7 @@ void *bench_alloc(size_t count, size_t size);
 
 /* ---- variant.c: one way to hold the same tokens */
 
-/* One layer: geometry and, if `coded`, which channels are Fourier-coded and how. */
+/* One layer: geometry and, if `coded` or `calibrated`, how channels are held. */
 struct bench_model {
     int hq, hk, dim;
     fkv_rope_layout rope_layout;
@@ -43,7 +43,10 @@ struct bench_model {
     bool coded;
     fkv_dtype storage;
     fkv_fourier_params fourier;
-    uint8_t *mask[2]; /* [hk][dim] of K and V */
+    bool calibrated;
+    fkv_codec_params codec;
+    uint8_t *mask[2];  /* [hk][dim] of K and V: 1 for Fourier-coded, or bits */
+    float *carrier[2]; /* the same shape; NULL unless calibrated */
 };
 
 struct bench_variant {
@@ -73,6 +76,10 @@ struct bench_variant {
 void bench_model_init(struct bench_model *model, int hq, int hk, int dim, double theta);
 /* Masks with `fraction` of all channels, spread unevenly over the heads. */
 void bench_model_code(struct bench_model *model, double fraction, struct bench_random *r);
+/* Bits of 0, 2 and 4, for each channel of 4 bits 15 of 2, which is what calibration finds, so that an element
+ * takes `rate` bits with its scales; or all channels alike, without carriers. false if that is not possible. */
+bool bench_model_calibrate(struct bench_model *model, double rate, struct bench_random *r);
+bool bench_model_uniform(struct bench_model *model, int bits);
 /* Geometry and coding of one layer of a profile file; RoPE's frequencies are ours. */
 void bench_model_load(struct bench_model *model, fkv_context *ctx, const char *path, int layer,
                       double theta);

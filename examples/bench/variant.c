@@ -36,27 +36,71 @@ static int by_rank(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-void bench_model_code(struct bench_model *model, double fraction, struct bench_random *r) {
+/* Channels in a random order. What a head has in advance makes the heads' shares differ, as in real profiles. */
+static void rank(const struct bench_model *model, struct bench_random *r, struct ranked *ranked) {
     size_t dim = (size_t)model->dim, channels = (size_t)model->hk * dim;
+    double head = 0;
+
+    for (size_t c = 0; c < channels; c++) {
+        if (c % dim == 0)
+            head = 0.3 * (double)(bench_random_next(r) >> 11) * 0x1p-53;
+        ranked[c].rank = head + (double)(bench_random_next(r) >> 11) * 0x1p-53;
+        ranked[c].channel = c;
+    }
+    qsort(ranked, channels, sizeof(*ranked), by_rank);
+}
+
+void bench_model_code(struct bench_model *model, double fraction, struct bench_random *r) {
+    size_t channels = (size_t)model->hk * (size_t)model->dim;
     size_t coded = (size_t)lround(fraction * (double)channels);
     struct ranked *ranked = bench_alloc(channels, sizeof(*ranked));
 
     model->coded = true;
     for (int part = 0; part < 2; part++) {
-        double head = 0;
-        for (size_t c = 0; c < channels; c++) {
-            /* What a head has in advance makes the heads' shares differ, as in real profiles. */
-            if (c % dim == 0)
-                head = 0.3 * (double)(bench_random_next(r) >> 11) * 0x1p-53;
-            ranked[c].rank = head + (double)(bench_random_next(r) >> 11) * 0x1p-53;
-            ranked[c].channel = c;
-        }
-        qsort(ranked, channels, sizeof(*ranked), by_rank);
+        rank(model, r, ranked);
         model->mask[part] = bench_alloc(channels, 1);
         for (size_t i = 0; i < coded; i++)
             model->mask[part][ranked[i].channel] = 1;
     }
     free(ranked);
+}
+
+static void start_calibrated(struct bench_model *model) {
+    size_t channels = (size_t)model->hk * (size_t)model->dim;
+
+    model->calibrated = true;
+    fkv_codec_params_init(&model->codec, sizeof(model->codec));
+    model->codec.storage_dtype = model->storage;
+    for (int part = 0; part < 2; part++) {
+        model->mask[part] = bench_alloc(channels, 1);
+        model->carrier[part] = bench_alloc(channels, sizeof(float));
+    }
+}
+
+bool bench_model_calibrate(struct bench_model *model, double rate, struct bench_random *r) {
+    size_t channels = (size_t)model->hk * (size_t)model->dim;
+    struct ranked *ranked = bench_alloc(channels, sizeof(*ranked));
+
+    start_calibrated(model);
+    double scales = 32.0 / model->codec.group;
+    /* n channels of 4 bits and 15 n of 2 */
+    double n = rate * (double)channels / (15 * (2 + scales) + 4 + scales);
+    size_t fours = (size_t)lround(n), coded = (size_t)lround(16 * n);
+    for (int part = 0; part < 2 && coded <= channels; part++) {
+        rank(model, r, ranked);
+        for (size_t i = 0; i < coded; i++)
+            model->mask[part][ranked[i].channel] = i < fours ? 4 : 2;
+        bench_random_fill(r, model->carrier[part], channels);
+    }
+    free(ranked);
+    return coded <= channels;
+}
+
+bool bench_model_uniform(struct bench_model *model, int bits) {
+    start_calibrated(model);
+    for (int part = 0; part < 2; part++)
+        memset(model->mask[part], bits, (size_t)model->hk * (size_t)model->dim);
+    return bits == 0 || (bits >= 2 && bits <= 4) || bits == 8 || bits == 16;
 }
 
 static void load_coding(struct bench_model *model, fkv_context *ctx, fkv_profile *profile,
@@ -83,6 +127,25 @@ static void load_coding(struct bench_model *model, fkv_context *ctx, fkv_profile
     }
 }
 
+static void load_calibrated(struct bench_model *model, fkv_context *ctx, fkv_profile *profile,
+                            const fkv_profile_info *info, int layer) {
+    size_t channels = (size_t)model->hk * (size_t)model->dim;
+    fkv_codec_params *codec = &model->codec;
+
+    start_calibrated(model);
+    codec->group = info->group;
+    codec->block = info->block;
+    codec->n_sink = info->n_sink;
+    codec->n_local = info->n_local;
+    codec->domain = info->domain;
+    for (int part = 0; part < 2; part++) {
+        bench_check(ctx, fkv_profile_channels(profile, layer, part, model->mask[part], channels),
+                    "channels of the profile");
+        bench_check(ctx, fkv_profile_carriers(profile, layer, part, model->carrier[part], channels),
+                    "carriers of the profile");
+    }
+}
+
 void bench_model_load(struct bench_model *model, fkv_context *ctx, const char *path, int layer,
                       double theta) {
     fkv_profile *profile;
@@ -105,6 +168,8 @@ void bench_model_load(struct bench_model *model, fkv_context *ctx, const char *p
     set_rope(model, theta);
     if (model->coded)
         load_coding(model, ctx, profile, &info, layer);
+    if (info.coding == FKV_CODING_CALIBRATED)
+        load_calibrated(model, ctx, profile, &info, layer);
     fkv_profile_destroy(profile);
 }
 
@@ -112,6 +177,8 @@ void bench_model_free(struct bench_model *model) {
     free(model->inv_freq);
     free(model->mask[0]);
     free(model->mask[1]);
+    free(model->carrier[0]);
+    free(model->carrier[1]);
 }
 
 static fkv_profile *make_profile(fkv_context *ctx, const struct bench_model *model) {
@@ -128,12 +195,18 @@ static fkv_profile *make_profile(fkv_context *ctx, const struct bench_model *mod
     params.inv_freq_count = model->rope_dim / 2;
     params.inv_freq = model->rope_dim ? model->inv_freq : NULL;
     params.softmax_scale = model->scale;
-    bench_check(ctx,
-                model->coded ? fkv_profile_create_fourier(
-                                   ctx, &params, &model->fourier, model->mask[0], model->mask[1],
-                                   (size_t)model->hk * (size_t)model->dim, &profile)
-                             : fkv_profile_create_exact(ctx, &params, model->storage, &profile),
-                "profile");
+    size_t channels = (size_t)model->hk * (size_t)model->dim;
+    fkv_status status;
+    if (model->coded)
+        status = fkv_profile_create_fourier(ctx, &params, &model->fourier, model->mask[0],
+                                            model->mask[1], channels, &profile);
+    else if (model->calibrated)
+        status = fkv_profile_create_coded(ctx, &params, &model->codec, model->mask[0],
+                                          model->mask[1], channels, model->carrier[0],
+                                          model->carrier[1], channels, &profile);
+    else
+        status = fkv_profile_create_exact(ctx, &params, model->storage, &profile);
+    bench_check(ctx, status, "profile");
     return profile;
 }
 

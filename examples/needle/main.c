@@ -51,13 +51,16 @@ static int open_logits(struct program *p) {
 }
 
 static int check_profile(struct program *p, const char *path) {
-    const struct needle_config *c = &p->model.config;
-    const fkv_profile_info *i = &p->info;
-    if (i->n_layers != c->n_layers || i->n_q_heads != c->n_heads ||
-        i->n_kv_heads != c->n_kv_heads || i->head_dim != c->head_dim ||
-        i->rope_layout != FKV_ROPE_HALF_SPLIT || i->rope_dim != c->head_dim) {
-        return needle_fail(&p->error, NEEDLE_BAD_INPUT, "%s: a profile of another model than %s",
-                           path, p->options.model);
+    fkv_model_params params;
+    needle_model_params(&p->model, &params);
+    params.model_id = NULL;
+    fkv_status status = fkv_profile_match(p->profile, &params);
+    if (status) {
+        char reason[256] = "";
+        fkv_context_message(p->ctx, reason, sizeof reason, NULL);
+        return needle_fail(&p->error, NEEDLE_BAD_INPUT,
+                           "%s: a profile of another model than %s: %s", path, p->options.model,
+                           reason);
     }
     return NEEDLE_OK;
 }
@@ -92,11 +95,27 @@ static int create_exact_profile(struct program *p) {
                   : NEEDLE_OK;
 }
 
+static int create_uniform_profile(struct program *p) {
+    fkv_model_params params;
+    fkv_codec_params codec;
+    int bits = 0;
+    needle_model_params(&p->model, &params);
+    fkv_codec_params_init(&codec, sizeof codec);
+    /* the parser of options has seen that these are numbers */
+    sscanf(p->options.profile, "uniform:%d:%d", &bits, &codec.group);
+    codec.domain = strstr(p->options.profile, ":unrotated") ? FKV_DOMAIN_UNROTATED : codec.domain;
+    fkv_status status = fkv_profile_create_uniform(p->ctx, &params, &codec, bits, &p->profile);
+    status = status ? status : fkv_profile_query(p->profile, &p->info);
+    return status ? needle_fail_fkv(&p->error, NEEDLE_BAD_INPUT, p->ctx, status, p->options.profile)
+                  : NEEDLE_OK;
+}
+
 static int make_profile(struct program *p) {
     p->info.struct_size = sizeof p->info;
-    return !strcmp(p->options.profile, "exact")     ? create_exact_profile(p)
-           : !strcmp(p->options.profile, "fourier") ? load_model_profile(p)
-                                                    : load_profile(p, p->options.profile);
+    return !strncmp(p->options.profile, "uniform:", 8) ? create_uniform_profile(p)
+           : !strcmp(p->options.profile, "exact")      ? create_exact_profile(p)
+           : !strcmp(p->options.profile, "fourier")    ? load_model_profile(p)
+                                                       : load_profile(p, p->options.profile);
 }
 
 static int make_item(struct program *p, size_t index, struct needle_item *item) {

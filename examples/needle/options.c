@@ -26,7 +26,10 @@ const char needle_usage[] =
     "  --seed S            of everything drawn (default 1)\n"
     "\n"
     "How the cache holds it:\n"
-    "  --profile P         exact (default), fourier (the model folder's fourier.json), or a file\n"
+    "  --profile P         exact (default), fourier (the model folder's fourier.json),\n"
+    "                      uniform:BITS[:GROUP] (all channels alike, without carriers; tokens of "
+    "a\n"
+    "                      group 64 or 128), or a file\n"
     "  --storage T         f32, f16 (default) or bf16: the type of the exact profile\n"
     "  --chunk N           tokens per step of the prefill (default: all in one, which makes\n"
     "                      attention within the context exact)\n"
@@ -146,6 +149,23 @@ static int parse_share(const struct argument *a, double *out) {
     return NEEDLE_OK;
 }
 
+/* uniform:BITS[:GROUP[:unrotated]]; the library says which numbers are possible. */
+static int parse_profile(const struct argument *a, struct needle_options *o) {
+    static const char digits[] = "0123456789", prefix[] = "uniform:";
+    const char *p = a->value + sizeof prefix - 1;
+    o->profile = a->value;
+    if (strncmp(a->value, prefix, sizeof prefix - 1) != 0) {
+        return NEEDLE_OK;
+    }
+    size_t bits = strspn(p, digits), group = p[bits] == ':' ? strspn(p + bits + 1, digits) : 0;
+    const char *end = p + bits + (group ? group + 1 : 0);
+    if (bits < 1 || bits > 2 || group > 3 || (*end && (!group || strcmp(end, ":unrotated") != 0))) {
+        return needle_fail(a->error, NEEDLE_BAD_INPUT,
+                           "--%s %s: must be uniform:BITS[:GROUP[:unrotated]]", a->name, a->value);
+    }
+    return NEEDLE_OK;
+}
+
 struct choice {
     const char *name;
     int32_t value;
@@ -216,8 +236,7 @@ static int parse_option(int option, const struct argument *a, struct needle_opti
     case OPT_ITEMS:
         return parse_size(a, 1, 1000000, &o->items);
     case OPT_PROFILE:
-        o->profile = a->value;
-        return NEEDLE_OK;
+        return parse_profile(a, o);
     case OPT_STORAGE:
         return parse_choice(a, types, 3, &o->storage);
     case OPT_TEXT:

@@ -779,7 +779,7 @@ typedef struct fkv_sequence_params {
     int32_t reserved;
     /**
      * Period T of the Fourier coding, in tokens: for best quality, just above the length that the
-     * sequence will have, less sinks and local tokens. 0: the profile's. Ignored by exact profiles.
+     * sequence will have, less sinks and local tokens. 0: the profile's. Ignored by other profiles.
      */
     int64_t period;
 } fkv_sequence_params;
@@ -859,13 +859,13 @@ FKV_API fkv_status fkv_sequence_fork(fkv_cache *cache, fkv_sequence sequence, fk
  *     from fkv_sequence_crop_limit() on, every one;
  *     up to the number of sinks, every one;
  *     between them, the ends of full Fourier segments: the number of sinks + i * 64 * (T / 64, rounded
- *     down). What remains coded then stays so, with no local window behind it until tokens are appended.
+ *     down); with a calibrated profile those of its blocks: the number of sinks + i * block. What remains coded then stays so, with no local window behind it until tokens are appended.
  * Any other is STATE, the message names the smallest length of the first kind and the nearest below.
  *
- * To take back draft tokens, append them and crop. The last n_local tokens can always be taken back. The
- * rest is held as if they had never been, unless a tile was coded because of them: that tile, of tokens
- * that were going to leave the window within as many tokens, then stays coded. Where even that must not be,
- * append drafts to a fork.
+ * To take back draft tokens, append them and crop: right after an append, the last n_local tokens can
+ * always be taken back. The rest is held as if they had never been, bit for bit, unless a tile was coded
+ * because of them: it then stays coded, though its newest token is younger than n_local tokens. Where even
+ * that must not be, append drafts to a fork.
  *
  * Nothing is allocated. Page tables keep their size unless `tokens` is 0. Plans that have the sequence are
  * outdated, unless it had that length already.

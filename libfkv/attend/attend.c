@@ -5,7 +5,7 @@
  *   output   o_d  = sum_n P[n] V[n,d] for coded d,               P[n] = sum_t p(t) phi_n(t)
  * and both sums over n run through a grid (codec/spectrum.h), so that neither K nor V is ever rebuilt.
  */
-#include "attend/attend.h"
+#include "attend/unit.h"
 #include "codec/rope.h"
 
 #include <math.h>
@@ -13,40 +13,7 @@
 
 #define MAX_D FKV_MAX_HEAD_DIM
 
-/* A unit's rows: `rows` of each of n_heads KV heads; row r is query r / G, query head r % G of its group. */
-struct unit {
-    const struct fkv_row *row;
-    int head, n_heads;
-    int64_t first_row;
-    int rows;
-    int dim_stride;  /* of q, permuted and o */
-    float *q;        /* [n_heads][rows][dim]: rotated and scaled */
-    float *permuted; /* the same, kept channels first */
-    float *o;
-    float *max, *sum; /* [n_heads][rows] */
-    float *grid;      /* [segment][n_heads * rows][grid_stride]: scores of the coded channels */
-    float *mass;      /* the same shape: weights of the tokens, spread */
-    int64_t grid_stride;
-};
-
-struct partial {
-    float *max, *sum, *o, *mass; /* o: [rows][dim]; mass: [rows][mass_stride] */
-    int64_t mass_stride;
-};
-
-struct job {
-    struct fkv_plan_object *plan;
-    const struct fkv_profile_object *profile;
-    const struct fkv_kernels *kernels;
-    int layer;
-    const struct fkv_view *q, *out, *lse;
-};
-
-static const struct fkv_layer *layer_of(const struct job *job, const struct unit *u) {
-    return &u->row->seq->layers[job->layer];
-}
-
-static struct unit unit_at(const struct job *job, int64_t index, int thread) {
+static struct fkv_unit unit_at(const struct fkv_job *job, int64_t index, int thread) {
     const struct fkv_plan_object *plan = job->plan;
     const struct fkv_workspace *w = &plan->work;
     const struct fkv_model *m = &job->profile->model;
@@ -61,7 +28,8 @@ static struct unit unit_at(const struct job *job, int64_t index, int thread) {
     }
     const struct fkv_row *row = &plan->rows[low];
     const int64_t local = index - row->first_unit, dim = fkv_round16(m->head_dim);
-    struct unit u = {.row = row, .dim_stride = (int)dim, .grid_stride = fkv_grid_floats(row->seq)};
+    struct fkv_unit u = {
+        .row = row, .dim_stride = (int)dim, .grid_stride = fkv_grid_floats(row->seq)};
     u.head = (int)(local / row->blocks) * row->heads_per_unit;
     u.n_heads = (int)fkv_min64(row->heads_per_unit, m->n_kv_heads - u.head);
     u.first_row = local % row->blocks * FKV_UNIT_ROWS;
@@ -74,22 +42,25 @@ static struct unit unit_at(const struct job *job, int64_t index, int thread) {
     u.sum = u.max + FKV_UNIT_ROWS;
     u.grid = u.sum + FKV_UNIT_ROWS + 16;
     u.mass = u.grid + FKV_UNIT_ROWS * w->grid;
+    u.weights = u.mass + FKV_UNIT_ROWS * w->grid;
+    u.weight_stride = (int)fkv_weight_stride(job->profile);
     return u;
 }
 
-static struct partial partial_at(const struct job *job, const struct unit *u, int64_t index) {
+static struct fkv_partial partial_at(const struct fkv_job *job, const struct fkv_unit *u,
+                                     int64_t index) {
     const struct fkv_workspace *w = &job->plan->work;
     float *f = w->partials + index * w->partial;
-    return (struct partial){.max = f,
-                            .sum = f + FKV_UNIT_ROWS,
-                            .o = f + 2 * FKV_UNIT_ROWS,
-                            .mass = f + FKV_UNIT_ROWS * (2 + u->dim_stride),
-                            .mass_stride = fkv_chunk_grid(u->row->seq)};
+    return (struct fkv_partial){.max = f,
+                                .sum = f + FKV_UNIT_ROWS,
+                                .o = f + 2 * FKV_UNIT_ROWS,
+                                .mass = f + FKV_UNIT_ROWS * (2 + u->dim_stride),
+                                .mass_stride = fkv_chunk_grid(u->row->seq)};
 }
 
 /* ---- begin: queries, and for each segment the grid of the coded channels' scores */
 
-static void load_query(const struct job *job, const struct unit *u, int h, int r) {
+static void load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r) {
     const struct fkv_model *m = &job->profile->model;
     const int64_t at = u->first_row + r, token = u->row->offset + at / m->group;
     const int head = (u->head + h) * m->group + (int)(at % m->group), D = m->head_dim;
@@ -99,6 +70,8 @@ static void load_query(const struct job *job, const struct unit *u, int h, int r
                    job->plan->sin + token * (m->rope_dim / 2));
     for (int d = 0; d < D; d++)
         q[d] *= (float)m->softmax_scale;
+    if (job->profile->coding == FKV_CODING_CALIBRATED)
+        fkv_coded_query(job, u, h, r);
     if (job->profile->coding != FKV_CODING_FOURIER)
         return;
     const struct fkv_channels *c =
@@ -108,7 +81,7 @@ static void load_query(const struct job *job, const struct unit *u, int h, int r
         permuted[d] = q[c->list[d]];
 }
 
-static const char *segment_rows(const struct job *job, const struct unit *u,
+static const char *segment_rows(const struct fkv_job *job, const struct fkv_unit *u,
                                 const struct fkv_segment *s, int h, fkv_part part) {
     const struct fkv_layer_layout *layout = &job->plan->cache->layouts[job->layer];
     const size_t row = layout->heads[u->head + h].rows[part];
@@ -117,22 +90,23 @@ static const char *segment_rows(const struct job *job, const struct unit *u,
 }
 
 /* Weights w_n of the restoration, and the numbers of the channels of a head. */
-static void weigh_bins(const struct job *job, const struct fkv_spectrum *sp, float *row) {
+static void weigh_bins(const struct fkv_job *job, const struct fkv_spectrum *sp, float *row) {
     if (job->profile->fourier.restoration == FKV_RESTORE_AUTHORS)
         return;
     for (int n = 0; n < sp->stride; n++)
         row[n] *= sp->weight[n];
 }
 
-static const struct fkv_channel_state *head_states(const struct job *job, const struct unit *u,
+static const struct fkv_channel_state *head_states(const struct fkv_job *job,
+                                                   const struct fkv_unit *u,
                                                    const struct fkv_segment *s, int h,
                                                    fkv_part part) {
     return s->channels + job->plan->cache->layouts[job->layer].heads[u->head + h].rows[part];
 }
 
 /* a[r][n] of one head's rows over a segment. */
-static void contract_head(const struct job *job, const struct unit *u, const struct fkv_segment *s,
-                          int h, float *a, float *scaled) {
+static void contract_head(const struct fkv_job *job, const struct fkv_unit *u,
+                          const struct fkv_segment *s, int h, float *a, float *scaled) {
     const struct fkv_spectrum *sp = u->row->seq->shared->spectrum;
     const struct fkv_channels *c =
         fkv_profile_head(job->profile, job->layer, FKV_PART_K, u->head + h);
@@ -160,17 +134,17 @@ static void contract_head(const struct job *job, const struct unit *u, const str
     }
 }
 
-static int64_t segment_grid(const struct unit *u, int64_t segment) {
+static int64_t segment_grid(const struct fkv_unit *u, int64_t segment) {
     return segment * u->n_heads * u->rows * u->grid_stride;
 }
 
 /* Rows go through the transforms 16 at a time. */
-static int lanes_from(const struct unit *u, int first) {
+static int lanes_from(const struct fkv_unit *u, int first) {
     return (int)fkv_min64(FKV_FFT_LANES, u->n_heads * u->rows - first);
 }
 
-static void begin_segments(const struct job *job, const struct unit *u, float *scratch) {
-    const struct fkv_layer *l = layer_of(job, u);
+static void begin_segments(const struct fkv_job *job, const struct fkv_unit *u, float *scratch) {
+    const struct fkv_layer *l = fkv_layer_of(job, u);
     const struct fkv_spectrum *sp = u->row->seq->shared->spectrum;
     float *a = scratch, *scaled = a + FKV_UNIT_ROWS * (ptrdiff_t)sp->stride;
     float *transform = scaled + FKV_UNIT_ROWS * MAX_D;
@@ -187,7 +161,7 @@ static void begin_segments(const struct job *job, const struct unit *u, float *s
     memset(u->mass, 0, (size_t)segment_grid(u, l->n_segments) * sizeof(float));
 }
 
-static void begin_unit(const struct job *job, const struct unit *u, int thread) {
+static void begin_unit(const struct fkv_job *job, const struct fkv_unit *u, int thread) {
     const struct fkv_workspace *w = &job->plan->work;
     const int rows = u->n_heads * u->rows;
     for (int h = 0; h < u->n_heads; h++)
@@ -198,26 +172,15 @@ static void begin_unit(const struct job *job, const struct unit *u, int thread) 
         u->sum[r] = 0.0f;
     }
     memset(u->o, 0, (size_t)rows * (size_t)u->dim_stride * sizeof(float));
-    if (layer_of(job, u)->n_segments)
+    if (fkv_layer_of(job, u)->n_segments)
         begin_segments(job, u, w->scratches + thread * w->scratch);
 }
 
 /* ---- one chunk, one head */
 
-struct chunk_job {
-    const struct job *job;
-    const struct unit *u;
-    int h;
-    struct fkv_chunk chunk;
-    int visible[FKV_UNIT_ROWS]; /* tokens of the chunk that each row sees */
-    int most;
-    float *scores; /* [rows][FKV_CHUNK_TOKENS] */
-    float *kept;   /* [rows][dim]: output of the kept channels */
-};
-
-static void find_visible(struct chunk_job *c) {
-    const struct unit *u = c->u;
-    const struct fkv_layer *l = layer_of(c->job, u);
+static void find_visible(struct fkv_chunk_job *c) {
+    const struct fkv_unit *u = c->u;
+    const struct fkv_layer *l = fkv_layer_of(c->job, u);
     const bool appended = l->tokens > u->row->base;
     c->most = 0;
     for (int r = 0; r < u->rows; r++) {
@@ -228,42 +191,60 @@ static void find_visible(struct chunk_job *c) {
     }
 }
 
-static const char *chunk_page(const struct chunk_job *c, int tile) {
-    const struct fkv_layer *l = layer_of(c->job, c->u);
+static const char *chunk_page(const struct fkv_chunk_job *c, int tile) {
+    const struct fkv_layer *l = fkv_layer_of(c->job, c->u);
     return c->chunk.kind == FKV_CHUNK_SINK ? l->sink : l->tiles[c->chunk.tile + tile];
 }
 
 /* K or V of one tile for the chunk's head: all channels, or the kept ones. */
-static const void *panel(const struct chunk_job *c, int tile, fkv_part part) {
+static const void *panel(const struct fkv_chunk_job *c, int tile, fkv_part part) {
     const struct fkv_profile_object *p = c->job->profile;
     const int head = c->u->head + c->h;
-    size_t at = fkv_exact_offset(p, head, part);
+    size_t at = fkv_page_offset(p, c->chunk.kind == FKV_CHUNK_SINK, head, part);
     if (c->chunk.kind == FKV_CHUNK_CODED)
         at = c->job->plan->cache->layouts[c->job->layer].heads[head].kept[part];
     return fkv_element(chunk_page(c, tile), p->storage_dtype, at);
 }
 
+const void *fkv_sink_tile(const struct fkv_chunk_job *c) {
+    const struct fkv_profile_object *p = c->job->profile;
+    const size_t room = (size_t)fkv_page_room(p, true), D = (size_t)p->model.head_dim;
+    const char *from = panel(c, 0, FKV_PART_K);
+    memset(c->tile, 0, D * FKV_TILE * sizeof *c->tile);
+    for (size_t d = 0; d < D; d++)
+        memcpy(fkv_element(c->tile, p->storage_dtype, d * FKV_TILE),
+               fkv_element(from, p->storage_dtype, d * room),
+               room * fkv_dtype_size(p->storage_dtype));
+    return c->tile;
+}
+
 /* The panel that will be read after this one: keys of all tiles, then values of all tiles. */
-static const void *next_panel(const struct chunk_job *c, int tile, fkv_part part) {
+static const void *next_panel(const struct fkv_chunk_job *c, int tile, fkv_part part) {
     if (tile + 1 < c->chunk.tiles)
         return panel(c, tile + 1, part);
     return part == FKV_PART_K ? panel(c, 0, FKV_PART_V) : NULL;
 }
 
 /* Tile i of a coded chunk: its first grid point within the segment. */
-static int64_t grid_of_tile(const struct chunk_job *c, int tile) {
+static int64_t grid_of_tile(const struct fkv_chunk_job *c, int tile) {
     const struct fkv_spectrum *sp = c->u->row->seq->shared->spectrum;
     int64_t local = c->chunk.tile + tile - c->chunk.segment * fkv_tiles_per_segment(sp->period);
     return local * (FKV_TILE / sp->taps.cell);
 }
 
-static void score_tile(const struct chunk_job *c, int tile) {
-    const struct job *job = c->job;
-    const struct unit *u = c->u;
+static void score_tile(struct fkv_chunk_job *c, int tile) {
+    const struct fkv_job *job = c->job;
+    const struct fkv_unit *u = c->u;
     const struct fkv_profile_object *p = job->profile;
+    if (fkv_coded_scores(job, &c->chunk)) {
+        fkv_coded_score(c, tile);
+        return;
+    }
     const fkv_scores_fn scores = job->kernels->scores[fkv_store_of(p->storage_dtype)];
     const ptrdiff_t first = (ptrdiff_t)c->h * u->rows;
-    const void *keys = panel(c, tile, FKV_PART_K), *next = next_panel(c, tile, FKV_PART_K);
+    const bool sinks = c->chunk.kind == FKV_CHUNK_SINK;
+    const void *keys = sinks ? fkv_sink_tile(c) : panel(c, tile, FKV_PART_K);
+    const void *next = sinks ? NULL : next_panel(c, tile, FKV_PART_K);
     float *s = c->scores + tile * FKV_TILE;
     if (c->chunk.kind != FKV_CHUNK_CODED) {
         scores(s, FKV_CHUNK_TOKENS, u->q + first * u->dim_stride, u->dim_stride, keys,
@@ -283,11 +264,15 @@ static void score_tile(const struct chunk_job *c, int tile) {
 }
 
 /* V of one tile for rows [first, first + rows) that see the same `tokens` of it. */
-static void weigh_tile(const struct chunk_job *c, int tile, int first, int rows, int tokens,
-                       const struct partial *to) {
-    const struct job *job = c->job;
-    const struct unit *u = c->u;
+static void weigh_tile(const struct fkv_chunk_job *c, int tile, int first, int rows, int tokens,
+                       const struct fkv_partial *to) {
+    const struct fkv_job *job = c->job;
+    const struct fkv_unit *u = c->u;
     const struct fkv_profile_object *p = job->profile;
+    if (p->coding == FKV_CODING_CALIBRATED && c->chunk.kind == FKV_CHUNK_CODED) {
+        fkv_coded_weigh(c, tile, first, rows, tokens);
+        return;
+    }
     const fkv_weigh_fn weigh = job->kernels->weigh[fkv_store_of(p->storage_dtype)];
     const float *weights = c->scores + (ptrdiff_t)first * FKV_CHUNK_TOKENS + tile * FKV_TILE;
     const void *values = panel(c, tile, FKV_PART_V), *next = next_panel(c, tile, FKV_PART_V);
@@ -308,11 +293,11 @@ static void weigh_tile(const struct chunk_job *c, int tile, int first, int rows,
                              &u->row->seq->shared->spectrum->taps, tokens, rows);
 }
 
-static int in_tile(const struct chunk_job *c, int r, int tile) {
+static int in_tile(const struct fkv_chunk_job *c, int r, int tile) {
     return (int)fkv_max64(0, fkv_min64(c->visible[r] - tile * FKV_TILE, FKV_TILE));
 }
 
-static void weigh_chunk(const struct chunk_job *c, const struct partial *to) {
+static void weigh_chunk(const struct fkv_chunk_job *c, const struct fkv_partial *to) {
     for (int tile = 0; tile * FKV_TILE < c->most; tile++)
         for (int r = 0, end; r < c->u->rows; r = end) {
             int tokens = in_tile(c, r, tile);
@@ -324,15 +309,18 @@ static void weigh_chunk(const struct chunk_job *c, const struct partial *to) {
 }
 
 /* The chunk's result for one head; false if no row sees any of it. */
-static bool attend_chunk(const struct job *job, const struct unit *u, int h, int64_t index,
-                         int thread, const struct partial *to) {
-    const struct fkv_layer *l = layer_of(job, u);
+static bool attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h, int64_t index,
+                         int thread, const struct fkv_partial *to) {
+    const struct fkv_layer *l = fkv_layer_of(job, u);
     const struct fkv_workspace *w = &job->plan->work;
     const size_t floats = (size_t)u->rows * (size_t)u->dim_stride;
-    struct chunk_job c = {.job = job, .u = u, .h = h};
+    struct fkv_chunk_job c = {.job = job, .u = u, .h = h, .group = -1};
     c.chunk = fkv_chunk_at(job->profile, u->row->seq->period, l->tokens, l->n_coded, index);
     c.scores = w->scratches + thread * w->scratch;
     c.kept = c.scores + FKV_UNIT_ROWS * FKV_CHUNK_TOKENS;
+    c.tile = c.kept + FKV_UNIT_ROWS * u->dim_stride;
+    if (job->profile->coding == FKV_CODING_CALIBRATED)
+        fkv_coded_scratch(&c, c.tile + FKV_TILE * u->dim_stride);
     find_visible(&c);
     for (int tile = 0; tile * FKV_TILE < c.most; tile++)
         score_tile(&c, tile);
@@ -347,8 +335,10 @@ static bool attend_chunk(const struct job *job, const struct unit *u, int h, int
         return false;
     memset(to->o, 0, floats * sizeof(float));
     const struct fkv_channels *channels = NULL;
+    const bool calibrated = job->profile->coding == FKV_CODING_CALIBRATED;
     if (c.chunk.kind == FKV_CHUNK_CODED) {
-        channels = fkv_profile_head(job->profile, job->layer, FKV_PART_V, u->head + h);
+        if (!calibrated)
+            channels = fkv_profile_head(job->profile, job->layer, FKV_PART_V, u->head + h);
         memset(c.kept, 0, floats * sizeof(float));
         memset(to->mass, 0, (size_t)(u->rows * to->mass_stride) * sizeof(float));
     }
@@ -356,6 +346,8 @@ static bool attend_chunk(const struct job *job, const struct unit *u, int h, int
     for (int r = 0; channels && r < u->rows; r++)
         for (int d = 0; d < channels->kept; d++)
             to->o[r * u->dim_stride + channels->list[d]] = c.kept[r * u->dim_stride + d];
+    if (calibrated && c.chunk.kind == FKV_CHUNK_CODED)
+        fkv_coded_finish(&c, to);
     return true;
 }
 
@@ -373,9 +365,9 @@ static void scale_row(float *row, int64_t n, float keep) {
         row[i] *= keep;
 }
 
-static void merge_chunk(const struct job *job, const struct unit *u, int h, int64_t index,
-                        const struct partial *from) {
-    const struct fkv_layer *l = layer_of(job, u);
+static void merge_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h, int64_t index,
+                        const struct fkv_partial *from) {
+    const struct fkv_layer *l = fkv_layer_of(job, u);
     const struct fkv_chunk chunk =
         fkv_chunk_at(job->profile, u->row->seq->period, l->tokens, l->n_coded, index);
     for (int r = 0; r < u->rows; r++) {
@@ -390,10 +382,10 @@ static void merge_chunk(const struct job *job, const struct unit *u, int h, int6
                   job->profile->model.head_dim, keep, add);
         for (int64_t s = 0; s < l->n_segments; s++)
             scale_row(u->mass + segment_grid(u, s) + at * u->grid_stride, u->grid_stride, keep);
-        if (chunk.kind != FKV_CHUNK_CODED)
+        if (chunk.kind != FKV_CHUNK_CODED || !u->row->seq->shared)
             continue;
         const struct fkv_taps *taps = &u->row->seq->shared->spectrum->taps;
-        const struct chunk_job place = {.job = job, .u = u, .h = h, .chunk = chunk};
+        const struct fkv_chunk_job place = {.job = job, .u = u, .h = h, .chunk = chunk};
         float *mass = u->mass + segment_grid(u, chunk.segment) + at * u->grid_stride +
                       grid_of_tile(&place, 0);
         merge_row(mass, from->mass + r * from->mass_stride,
@@ -403,8 +395,8 @@ static void merge_chunk(const struct job *job, const struct unit *u, int h, int6
 
 /* ---- end: outputs of the coded channels, normalisation, writing */
 
-static void expand_head(const struct job *job, const struct unit *u, const struct fkv_segment *s,
-                        int h, float *sums, float *o) {
+static void expand_head(const struct fkv_job *job, const struct fkv_unit *u,
+                        const struct fkv_segment *s, int h, float *sums, float *o) {
     const struct fkv_spectrum *sp = u->row->seq->shared->spectrum;
     const struct fkv_channels *c =
         fkv_profile_head(job->profile, job->layer, FKV_PART_V, u->head + h);
@@ -428,8 +420,8 @@ static void expand_head(const struct job *job, const struct unit *u, const struc
                 state[d].offset * total[r];
 }
 
-static void end_segments(const struct job *job, const struct unit *u, float *scratch) {
-    const struct fkv_layer *l = layer_of(job, u);
+static void end_segments(const struct fkv_job *job, const struct fkv_unit *u, float *scratch) {
+    const struct fkv_layer *l = fkv_layer_of(job, u);
     const struct fkv_spectrum *sp = u->row->seq->shared->spectrum;
     float *sums = scratch, *o = sums + FKV_UNIT_ROWS * (ptrdiff_t)sp->stride;
     float *transform = o + FKV_UNIT_ROWS * MAX_D;
@@ -444,7 +436,7 @@ static void end_segments(const struct job *job, const struct unit *u, float *scr
     }
 }
 
-static void write_row(const struct job *job, const struct unit *u, int h, int r) {
+static void write_row(const struct fkv_job *job, const struct fkv_unit *u, int h, int r) {
     const struct fkv_model *m = &job->profile->model;
     const int64_t at = u->first_row + r, token = u->row->offset + at / m->group;
     const int head = (u->head + h) * m->group + (int)(at % m->group), row = h * u->rows + r;
@@ -461,9 +453,9 @@ static void write_row(const struct job *job, const struct unit *u, int h, int r)
     }
 }
 
-static void end_unit(const struct job *job, const struct unit *u, int thread) {
+static void end_unit(const struct fkv_job *job, const struct fkv_unit *u, int thread) {
     const struct fkv_workspace *w = &job->plan->work;
-    if (layer_of(job, u)->n_segments)
+    if (fkv_layer_of(job, u)->n_segments)
         end_segments(job, u, w->scratches + thread * w->scratch);
     for (int h = 0; h < u->n_heads; h++)
         for (int r = 0; r < u->rows; r++)
@@ -473,9 +465,9 @@ static void end_unit(const struct job *job, const struct unit *u, int thread) {
 /* ---- scheduling */
 
 static void run_unit(void *arg, int64_t index, int thread) {
-    const struct job *job = arg;
-    const struct unit u = unit_at(job, index, thread);
-    const struct partial partial = partial_at(job, &u, thread);
+    const struct fkv_job *job = arg;
+    const struct fkv_unit u = unit_at(job, index, thread);
+    const struct fkv_partial partial = partial_at(job, &u, thread);
     begin_unit(job, &u, thread);
     for (int h = 0; h < u.n_heads; h++)
         for (int64_t i = 0; i < u.row->n_chunks; i++)
@@ -485,13 +477,13 @@ static void run_unit(void *arg, int64_t index, int thread) {
 }
 
 static void run_begin(void *arg, int64_t index, int thread) {
-    const struct job *job = arg;
-    const struct unit u = unit_at(job, index, thread);
+    const struct fkv_job *job = arg;
+    const struct fkv_unit u = unit_at(job, index, thread);
     begin_unit(job, &u, thread);
 }
 
 /* Items of a row: its units in order, of each all chunks of all heads. */
-static int64_t first_item(const struct job *job, const struct unit *u, int64_t unit) {
+static int64_t first_item(const struct fkv_job *job, const struct fkv_unit *u, int64_t unit) {
     const int64_t blocks = u->row->blocks, heads = job->profile->model.n_kv_heads;
     const int64_t local = unit - u->row->first_unit;
     const int64_t heads_before = local / blocks * u->row->heads_per_unit;
@@ -500,7 +492,7 @@ static int64_t first_item(const struct job *job, const struct unit *u, int64_t u
 }
 
 static void run_chunk(void *arg, int64_t item, int thread) {
-    const struct job *job = arg;
+    const struct fkv_job *job = arg;
     const struct fkv_plan_object *plan = job->plan;
     int64_t row = 0;
     while (row + 1 < plan->n_rows && plan->rows[row + 1].first_item <= item)
@@ -512,19 +504,19 @@ static void run_chunk(void *arg, int64_t item, int thread) {
         fkv_min64(at->heads_per_unit, job->profile->model.n_kv_heads - group * at->heads_per_unit);
     const int64_t rest = local - group * full;
     const int64_t unit = at->first_unit + group * at->blocks + rest / here;
-    const struct unit u = unit_at(job, unit, thread);
-    const struct partial partial = partial_at(job, &u, item);
+    const struct fkv_unit u = unit_at(job, unit, thread);
+    const struct fkv_partial partial = partial_at(job, &u, item);
     attend_chunk(job, &u, (int)(rest % here), (item - at->first_item) % at->n_chunks, thread,
                  &partial);
 }
 
 static void run_end(void *arg, int64_t index, int thread) {
-    const struct job *job = arg;
-    const struct unit u = unit_at(job, index, thread);
+    const struct fkv_job *job = arg;
+    const struct fkv_unit u = unit_at(job, index, thread);
     int64_t item = first_item(job, &u, index);
     for (int h = 0; h < u.n_heads; h++)
         for (int64_t i = 0; i < u.row->n_chunks; i++, item++) {
-            const struct partial partial = partial_at(job, &u, item);
+            const struct fkv_partial partial = partial_at(job, &u, item);
             merge_chunk(job, &u, h, i, &partial);
         }
     end_unit(job, &u, thread);
@@ -532,7 +524,7 @@ static void run_end(void *arg, int64_t index, int thread) {
 
 void fkv_attend_rows(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
                      const struct fkv_view *out, const struct fkv_view *lse) {
-    struct job job = {plan, plan->cache->profile, plan->ctx->kernels, layer, q, out, lse};
+    struct fkv_job job = {plan, plan->cache->profile, plan->ctx->kernels, layer, q, out, lse};
     int64_t items = 0;
     for (int64_t i = 0; i < plan->n_rows; i++) {
         struct fkv_row *row = &plan->rows[i];

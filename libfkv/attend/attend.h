@@ -29,6 +29,8 @@ static inline int64_t fkv_round16(int64_t n) {
 int64_t fkv_chunk_grid(const struct fkv_seq *seq);
 /* Grid points of one segment, rounded up for alignment and padding; 0 for exact profiles. */
 int64_t fkv_grid_floats(const struct fkv_seq *seq);
+/* Calibrated: floats of a row's weights on the carriers' waves; 0 for other profiles. */
+int64_t fkv_weight_stride(const struct fkv_profile_object *profile);
 int64_t fkv_partial_floats(const struct fkv_profile_object *profile, const struct fkv_seq *seq);
 int64_t fkv_state_floats(const struct fkv_profile_object *profile, int64_t grid);
 int64_t fkv_attend_scratch(const struct fkv_profile_object *profile, const struct fkv_seq *seq);

@@ -57,16 +57,30 @@ int64_t fkv_chunk_grid(const struct fkv_seq *seq) {
     return fkv_round16(FKV_CHUNK_TOKENS / taps->cell + taps->width + 16);
 }
 
+int64_t fkv_weight_stride(const struct fkv_profile_object *p) {
+    if (p->coding != FKV_CODING_CALIBRATED)
+        return 0;
+    return (p->waves ? 2 * p->waves->half : 0) + 16;
+}
+
 int64_t fkv_partial_floats(const struct fkv_profile_object *p, const struct fkv_seq *seq) {
     return FKV_UNIT_ROWS * (2 + fkv_round16(p->model.head_dim) + fkv_chunk_grid(seq)) + 16;
 }
 
 int64_t fkv_state_floats(const struct fkv_profile_object *p, int64_t grid) {
-    return FKV_UNIT_ROWS * (3 * fkv_round16(p->model.head_dim) + 16 + 2 * grid) + 64;
+    return FKV_UNIT_ROWS *
+               (3 * fkv_round16(p->model.head_dim) + 16 + 2 * grid + fkv_weight_stride(p)) +
+           64;
 }
 
 int64_t fkv_attend_scratch(const struct fkv_profile_object *p, const struct fkv_seq *seq) {
-    int64_t chunk = FKV_UNIT_ROWS * (FKV_CHUNK_TOKENS + fkv_round16(p->model.head_dim)) + 64;
+    int64_t chunk = FKV_UNIT_ROWS * (FKV_CHUNK_TOKENS + fkv_round16(p->model.head_dim)) +
+                    FKV_TILE * fkv_round16(p->model.head_dim) + 64;
+    if (p->coding == FKV_CODING_CALIBRATED) {
+        const int64_t weights = fkv_weight_stride(p), dim = fkv_round16(p->model.head_dim);
+        chunk += FKV_UNIT_ROWS * (dim + 1 + weights) + weights * (1 + FKV_TILE);
+        return fkv_max64(chunk, fkv_block_scratch(p));
+    }
     if (!seq->shared)
         return chunk;
     const struct fkv_spectrum *sp = seq->shared->spectrum;

@@ -23,12 +23,18 @@ static size_t rope_bytes(const struct fkv_plan_object *plan) {
            sizeof(float);
 }
 
+static size_t positions_bytes(const struct fkv_plan_object *plan) {
+    const bool used = plan->cache->profile->coding == FKV_CODING_CALIBRATED;
+    return used ? (size_t)plan->tokens * sizeof *plan->positions : 0;
+}
+
 static void free_contents(struct fkv_plan_object *plan) {
     struct fkv_heap *heap = &plan->ctx->heap;
     fkv_heap_free(heap, plan->rows, (size_t)plan->n_rows * sizeof *plan->rows);
     fkv_heap_free(heap, plan->rooms, (size_t)plan->n_rows * sizeof *plan->rooms);
     fkv_heap_free(heap, plan->cos, rope_bytes(plan));
     fkv_heap_free(heap, plan->sin, rope_bytes(plan));
+    fkv_heap_free(heap, plan->positions, positions_bytes(plan));
     fkv_heap_free(heap, plan->work.states, plan->work.bytes[0]);
     fkv_heap_free(heap, plan->work.partials, plan->work.bytes[1]);
     fkv_heap_free(heap, plan->work.scratches, plan->work.bytes[2]);
@@ -38,6 +44,7 @@ void fkv_plan_free(struct fkv_plan_object *plan) {
     struct fkv_cache_object *cache = plan->cache;
     fkv_device_plan_end(plan);
     free_contents(plan);
+    fkv_plan_free_turns(plan);
     fkv_heap_free(&plan->ctx->heap, plan, sizeof *plan);
     fkv_cache_unref(cache);
 }
@@ -155,15 +162,20 @@ static fkv_status set_rope(struct fkv_plan_object *plan, const fkv_batch *batch)
     fkv_status status = take(plan, rope_bytes(plan), 1, &plan->cos, NULL);
     if (status == FKV_OK)
         status = take(plan, rope_bytes(plan), 1, &plan->sin, NULL);
-    if (status != FKV_OK || !half)
+    if (status == FKV_OK)
+        status = take(plan, positions_bytes(plan), 1, &plan->positions, NULL);
+    if (status != FKV_OK)
         return status;
     for (int64_t i = 0; i < plan->n_rows; i++) {
         const struct fkv_row *row = &plan->rows[i];
         for (int64_t t = 0; t < row->n_new; t++) {
             int64_t token = row->offset + t;
             int64_t position = batch->positions ? batch->positions[token] : row->base + t;
-            fkv_rope_table(m, &position, 1, plan->cos + (size_t)token * half,
-                           plan->sin + (size_t)token * half);
+            if (plan->positions)
+                plan->positions[token] = (int32_t)position;
+            if (half)
+                fkv_rope_table(m, &position, 1, plan->cos + (size_t)token * half,
+                               plan->sin + (size_t)token * half);
         }
     }
     return FKV_OK;
@@ -256,6 +268,8 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
         size_workspace(&next);
         status = take_workspace(&next, plan);
     }
+    if (!device && status == FKV_OK)
+        status = fkv_plan_set_turns(plan, &next);
     if (status != FKV_OK) {
         leave_shared(&next.work, &plan->work);
         free_contents(&next);
@@ -270,6 +284,7 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     plan->units = next.units;
     plan->cos = next.cos;
     plan->sin = next.sin;
+    plan->positions = next.positions;
     plan->work = next.work;
     return device ? fkv_device_plan_finish(plan) : FKV_OK;
 }
@@ -329,7 +344,9 @@ static fkv_status make_room(struct fkv_plan_object *plan, int layer) {
     for (; status == FKV_OK && reserved < plan->n_rows; reserved++) {
         struct fkv_row *row = &plan->rows[reserved];
         int64_t until = fkv_tiles_to_code(plan->cache->profile, row->base + row->n_new);
-        status = fkv_layer_reserve(plan->cache, row->seq, layer, until, &plan->rooms[reserved]);
+        const int32_t *step = plan->positions ? plan->positions + row->offset : NULL;
+        status =
+            fkv_layer_reserve(plan->cache, row->seq, layer, until, step, &plan->rooms[reserved]);
         if (status != FKV_OK)
             break;
     }

@@ -47,6 +47,13 @@ struct fkv_workspace {
     size_t bytes[3];
 };
 
+/* Where the middles of coded tiles turn the carriers: for each tile c[half], then s[half], for positions that are
+ * index + shift. Made once and kept from step to step. */
+struct fkv_turns {
+    float *rows;
+    int64_t tiles, slots;
+    int64_t shift;
+};
 struct fkv_device_plan;
 
 struct fkv_plan_object {
@@ -58,8 +65,10 @@ struct fkv_plan_object {
     int64_t n_rows;
     int64_t tokens;
     int64_t units;
-    float *cos, *sin; /* [tokens][rope_dim / 2] */
+    float *cos, *sin;   /* [tokens][rope_dim / 2] */
+    int32_t *positions; /* [tokens]; of calibrated profiles only */
     struct fkv_workspace work;
+    struct fkv_turns turns;
     struct fkv_device_plan *device; /* of the CUDA backend */
 };
 
@@ -88,6 +97,19 @@ fkv_status fkv_store_report(struct fkv_plan_object *plan, const struct fkv_view 
                             const struct fkv_view *v);
 /* Floats of scratch that coding takes per thread. */
 int64_t fkv_code_scratch(int stride);
+/* codec/residual.c: fkv_code() of calibrated profiles, and its scratch */
+void fkv_code_blocks(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+                     const struct fkv_coding_room *room);
+int64_t fkv_block_scratch(const struct fkv_profile_object *profile);
+/* turns.c. Extends the table to all tiles that the rows of `next` can have coded during the step. */
+fkv_status fkv_plan_set_turns(struct fkv_plan_object *plan, const struct fkv_plan_object *next);
+void fkv_plan_free_turns(struct fkv_plan_object *plan);
+/* The turn of a tile that begins at `position`: from the table, or made in own[2 * half]. */
+const float *fkv_turn_at(const struct fkv_plan_object *plan, int64_t tile, int64_t position,
+                         float *own);
+/* The same for a coded tile of a layer; NULL if its positions are listed. */
+const float *fkv_turn_of(const struct fkv_plan_object *plan, int layer_index,
+                         const struct fkv_layer *layer, int64_t tile, float *own);
 
 /* read.c: K or V of `count` tokens as attention sees them, restored in double. scratch: as many
  * bytes as fkv_read_scratch() says; NULL for exact profiles. */

@@ -84,6 +84,10 @@ static void fill_layouts(struct fkv_cache_object *cache) {
     for (int l = 0; l < layers; l++, next += heads) {
         struct fkv_layer_layout *layout = &cache->layouts[l];
         layout->heads = next;
+        if (profile->coding == FKV_CODING_CALIBRATED) {
+            fkv_block_layout(profile, l, layout);
+            continue;
+        }
         for (int h = 0; h < heads; h++)
             for (int part = 0; part < 2; part++) {
                 const struct fkv_channels *c = fkv_profile_head(profile, l, part, h);
@@ -97,10 +101,8 @@ static void fill_layouts(struct fkv_cache_object *cache) {
 
 fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile,
                          const fkv_cache_params *params, struct fkv_cache_object **out) {
-    *out = NULL;
-    if (profile->coding == FKV_CODING_CALIBRATED && !ctx->cuda)
-        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "caches of calibrated profiles");
     struct fkv_cache_object *cache = fkv_heap_calloc(&ctx->heap, sizeof *cache);
+    *out = NULL;
     if (!cache)
         return fkv_fail_memory(ctx, sizeof *cache, "cache");
     cache->refs = 1;
@@ -358,9 +360,10 @@ int64_t fkv_seq_crop_floor(const struct fkv_cache_object *cache, const struct fk
     const int64_t sinks = fkv_sinks(cache->profile);
     if (tokens <= sinks || tokens >= fkv_seq_crop_limit(cache, seq))
         return tokens;
-    /* a segment is one sum over its tiles */
-    const int64_t unit =
-        cache->device ? cache->profile->codec.block : fkv_tiles_per_segment(seq->period) * FKV_TILE;
+    /* a segment is one sum over its tiles; blocks are never opened again */
+    const int64_t unit = cache->profile->coding == FKV_CODING_CALIBRATED
+                             ? cache->profile->codec.block
+                             : fkv_tiles_per_segment(seq->period) * FKV_TILE;
     return sinks + (tokens - sinks) / unit * unit;
 }
 

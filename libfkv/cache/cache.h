@@ -8,8 +8,14 @@
  * the coefficients of the segment that covers the tile. The rest are exact pages. Exact profiles have no
  * sinks and never code, so that tile i begins at token 64 i.
  *
- *   exact page   for each KV head: K [D][64], then V [64][D], elements of the storage type
+ *   exact page   for each KV head: K [D][64], then V [64][D], elements of the storage type; in calibrated
+ *                profiles then the 64 tokens' positions
+ *   sink page    an exact page for so many tokens as there are sinks, rounded up to 4, instead of 64
  *   kept page    for each KV head: K [kept][64], then V [64][kept]
+ *   block        of a calibrated profile, one page for several tiles, in the entry of its first one while the
+ *                others are NULL: for each KV head the tiles of K and then of V (exact channels as in a kept
+ *                page, then codes as in kernels.h), then for each group of tokens of K and then of V the
+ *                scales and the zero points, f16; rounded up to 8 bytes. Behind the heads struct fkv_block_head
  *   segment      two pages: the struct below with the row of fkv_spectrum_ones() for its length and the
  *                per-channel numbers; coefficients, for each KV head K [coded][stride] then V [coded][stride]
  *
@@ -65,6 +71,9 @@ struct fkv_layer {
     struct fkv_segment **segments;
     int64_t n_segments;
     int64_t segment_slots;
+    /* Positions of the tokens in blocks: index + shift, unless uneven. */
+    int64_t shift;
+    bool uneven;
     /* While an append is under way, what to go back to if it fails: the table of before, and the shared
      * page of which *old_place is a copy now. */
     void **old_tiles;
@@ -93,15 +102,33 @@ struct fkv_shared_spectrum {
     int64_t users;
 };
 
-/* Where a layer's heads lie in its pages and segments; elements, not bytes. Constant after creation. */
+/* Bytes of a block. */
+struct fkv_block_size {
+    size_t scales; /* together */
+    size_t head;   /* offset of its struct fkv_block_head */
+    size_t bytes;  /* of the page, without a list of positions */
+};
+
+/* Whose tokens a block holds: positions are first, first + 1, .., or listed behind this. */
+struct fkv_block_head {
+    int32_t first;
+    int32_t listed;
+};
+
+/* Where a layer's heads lie in its pages and segments. Constant after creation. */
 struct fkv_head_layout {
-    size_t kept[2]; /* of K and V in a kept page */
+    size_t kept[2]; /* elements before K and V in a kept page */
     size_t rows[2]; /* first coefficient row of K and V in a segment */
+    /* bytes in a block: */
+    size_t tiles[2];      /* before the first tile of K and V */
+    size_t tile_bytes[2]; /* from tile to tile */
+    size_t scales[2];     /* before the first group's scales */
 };
 struct fkv_layer_layout {
     struct fkv_head_layout *heads;
     size_t kept_elements;
     size_t coded_rows;
+    struct fkv_block_size block;
 };
 
 struct fkv_cache_object {
@@ -177,11 +204,32 @@ void fkv_page_drop(struct fkv_cache_object *cache, struct fkv_seq *seq, enum fkv
 /* Whether there is another holder; a page that has one must not be written to. */
 bool fkv_page_shared(const void *page, size_t bytes);
 
+/* block.c */
+struct fkv_block_size fkv_block_size(const struct fkv_profile_object *profile, int layer);
+void fkv_block_layout(const struct fkv_profile_object *profile, int layer,
+                      struct fkv_layer_layout *layout);
+/* Of one page. */
+size_t fkv_block_bytes(const struct fkv_profile_object *profile, const struct fkv_block_size *size,
+                       const void *page);
+/* Bytes before the codes of a tile. */
+size_t fkv_exact_tile_bytes(const struct fkv_profile_object *profile,
+                            const struct fkv_residuals *residuals);
+/* The block for the tiles from `tile` on, with their positions but empty else. step: positions of the tokens
+ * that the layer does not hold yet. */
+void *fkv_block_new(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, int64_t tile,
+                    const int32_t *step);
+void *fkv_block_share(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, void *page);
+void fkv_block_drop(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, void *page);
+/* Sets shift and uneven for one more block. */
+void fkv_layer_note_block(const struct fkv_cache_object *cache, struct fkv_layer *l, int layer,
+                          int64_t tile, const void *page);
+
 /* layer.c: sizes, and the growing, sealing, forking and cropping of one layer */
 struct fkv_segment_bytes {
     size_t coefficients, tables; /* of its two pages; no coefficients: 0 */
 };
 size_t fkv_exact_page_bytes(const struct fkv_profile_object *profile);
+size_t fkv_sink_page_bytes(const struct fkv_profile_object *profile);
 size_t fkv_kept_page_bytes(const struct fkv_profile_object *profile, int layer);
 struct fkv_segment_bytes fkv_segment_size(const struct fkv_profile_object *profile, int layer,
                                           int stride);
@@ -200,20 +248,20 @@ void fkv_layer_grown(struct fkv_cache_object *cache, struct fkv_seq *seq, int la
 /* What coding up to `until` tiles will need, allocated ahead. */
 struct fkv_coding_room {
     int64_t until;
-    void **kept; /* [until - n_coded]; entries NULL where nothing is kept */
+    void **kept; /* [until - n_coded] kept pages or blocks; entries NULL where there is none */
     int64_t kept_count;
     struct fkv_segment **segments; /* the new table; NULL if the old one serves */
     int64_t n_segments, segment_slots;
     struct fkv_segment *open; /* copy of the segment under way, if that is shared */
 };
 fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
-                             int64_t until, struct fkv_coding_room *room);
+                             int64_t until, const int32_t *step, struct fkv_coding_room *room);
 void fkv_layer_unreserve(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                          struct fkv_coding_room *room);
 /* Takes the new segments into use, before coding. Cannot fail. */
 void fkv_layer_open_segments(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                              struct fkv_coding_room *room);
-/* Puts the kept pages in place of the exact ones, which are freed. Cannot fail. */
+/* Puts the kept pages or blocks in place of the exact ones, which are freed. Cannot fail. */
 void fkv_layer_seal(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                     struct fkv_coding_room *room);
 void fkv_layer_free(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer);
@@ -236,6 +284,18 @@ static inline int fkv_sinks(const struct fkv_profile_object *p) {
            : p->coding == FKV_CODING_CALIBRATED ? p->codec.n_sink
                                                 : 0;
 }
+static inline int64_t fkv_tiles_per_block(const struct fkv_profile_object *p) {
+    return p->codec.block / FKV_TILE;
+}
+static inline const struct fkv_block_head *fkv_block_head(const struct fkv_block_size *size,
+                                                          const void *page) {
+    return (const struct fkv_block_head *)(const void *)((const char *)page + size->head);
+}
+/* The block that holds a coded tile. */
+static inline char *fkv_block_of(const struct fkv_profile_object *p, const struct fkv_layer *l,
+                                 int64_t tile) {
+    return l->tiles[tile - tile % fkv_tiles_per_block(p)];
+}
 static inline int64_t fkv_tiles_per_segment(int64_t period) {
     return period / FKV_TILE;
 }
@@ -244,10 +304,26 @@ static inline int64_t fkv_coded_end(const struct fkv_profile_object *p, const st
     return l->n_coded ? fkv_sinks(p) + l->n_coded * FKV_TILE : 0;
 }
 
-/* Page addressing, shared by codec and attention. */
+/* Page addressing, shared by codec and attention. Tokens that an exact page has room for, and elements before a
+ * part of it. */
+static inline int fkv_page_room(const struct fkv_profile_object *p, bool sinks) {
+    return sinks ? (fkv_sinks(p) + 3) / 4 * 4 : FKV_TILE;
+}
+static inline size_t fkv_page_offset(const struct fkv_profile_object *p, bool sinks, int kv_head,
+                                     fkv_part part) {
+    return ((size_t)kv_head * 2 + (size_t)part) * (size_t)p->model.head_dim *
+           (size_t)fkv_page_room(p, sinks);
+}
 static inline size_t fkv_exact_offset(const struct fkv_profile_object *p, int kv_head,
                                       fkv_part part) {
-    return ((size_t)kv_head * 2 + (size_t)part) * (size_t)p->model.head_dim * FKV_TILE;
+    return fkv_page_offset(p, false, kv_head, part);
+}
+/* Positions of an exact page's tokens; in calibrated profiles only. */
+static inline int32_t *fkv_page_positions(const struct fkv_profile_object *p, bool sinks,
+                                          const void *page) {
+    size_t elements = fkv_page_offset(p, sinks, p->model.n_kv_heads, FKV_PART_K);
+    return (int32_t *)(void *)((char *)(uintptr_t)page +
+                               elements * (p->storage_dtype == FKV_DTYPE_F32 ? 4 : 2));
 }
 static inline char *fkv_element(const void *base, fkv_dtype dtype, size_t index) {
     return (char *)(uintptr_t)base + index * (dtype == FKV_DTYPE_F32 ? 4 : 2);

@@ -11,11 +11,19 @@ static size_t element_size(fkv_dtype dtype) {
     return dtype == FKV_DTYPE_F32 ? 4 : 2;
 }
 
+static size_t page_bytes(const struct fkv_profile_object *profile, bool sinks) {
+    const size_t elements = fkv_page_offset(profile, sinks, profile->model.n_kv_heads, FKV_PART_K);
+    const size_t positions =
+        profile->coding == FKV_CODING_CALIBRATED ? (size_t)fkv_page_room(profile, sinks) : 0;
+    return elements * element_size(profile->storage_dtype) + positions * sizeof(int32_t) + FKV_PAD;
+}
+
 size_t fkv_exact_page_bytes(const struct fkv_profile_object *profile) {
-    const struct fkv_model *m = &profile->model;
-    return (size_t)m->n_kv_heads * 2 * (size_t)m->head_dim * FKV_TILE *
-               element_size(profile->storage_dtype) +
-           FKV_PAD;
+    return page_bytes(profile, false);
+}
+
+size_t fkv_sink_page_bytes(const struct fkv_profile_object *profile) {
+    return page_bytes(profile, true);
 }
 
 static size_t layer_channels(const struct fkv_profile_object *profile, int layer, bool coded) {
@@ -60,6 +68,11 @@ int64_t fkv_body_tiles(const struct fkv_profile_object *profile, int64_t tokens)
 }
 
 int64_t fkv_tiles_to_code(const struct fkv_profile_object *profile, int64_t tokens) {
+    if (profile->coding == FKV_CODING_CALIBRATED) {
+        int64_t blocks = (tokens - fkv_sinks(profile) - profile->codec.n_local) /
+                         (int64_t)profile->codec.block; /* a negative one is none */
+        return fkv_max64(blocks, 0) * fkv_tiles_per_block(profile);
+    }
     if (profile->coding != FKV_CODING_FOURIER)
         return 0;
     int64_t middle = tokens - fkv_sinks(profile) - profile->fourier.n_local;
@@ -70,6 +83,10 @@ int64_t fkv_tiles_to_code(const struct fkv_profile_object *profile, int64_t toke
 
 static void drop_exact(struct fkv_cache_object *cache, struct fkv_seq *seq, void *page) {
     fkv_page_drop(cache, seq, FKV_CLASS_EXACT, page, fkv_exact_page_bytes(cache->profile));
+}
+
+static void drop_sink(struct fkv_cache_object *cache, struct fkv_seq *seq, void *page) {
+    fkv_page_drop(cache, seq, FKV_CLASS_EXACT, page, fkv_sink_page_bytes(cache->profile));
 }
 
 /* Drops the tiles from `first` on, which are exact. */
@@ -99,8 +116,8 @@ static bool grow_table(struct fkv_cache_object *cache, struct fkv_seq *seq, stru
 /* Makes the page that the next token goes to, if it is there already, this sequence's own. */
 static bool own_last_page(struct fkv_cache_object *cache, struct fkv_seq *seq,
                           struct fkv_layer *l) {
-    const size_t bytes = fkv_exact_page_bytes(cache->profile);
     const int64_t body = l->tokens - fkv_sinks(cache->profile);
+    const size_t bytes = page_bytes(cache->profile, body < 0);
     void **place = body < 0 ? &l->sink : NULL;
     if (body > 0 && body % FKV_TILE)
         place = &l->tiles[body / FKV_TILE];
@@ -128,7 +145,7 @@ fkv_status fkv_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, i
         return FKV_OK;
     bool room = grow_table(cache, seq, l, fkv_slots_for(tiles)) && own_last_page(cache, seq, l);
     if (room && fkv_sinks(cache->profile) && !l->sink) {
-        l->sink = fkv_page_new(cache, seq, FKV_CLASS_EXACT, bytes);
+        l->sink = fkv_page_new(cache, seq, FKV_CLASS_EXACT, fkv_sink_page_bytes(cache->profile));
         room = l->sink;
     }
     while (room && l->n_tiles < tiles) {
@@ -148,7 +165,7 @@ fkv_status fkv_layer_grow(struct fkv_cache_object *cache, struct fkv_seq *seq, i
 static void shrink(struct fkv_cache_object *cache, struct fkv_seq *seq, struct fkv_layer *l) {
     drop_tiles(cache, seq, l, fkv_body_tiles(cache->profile, l->tokens));
     if (!l->tokens) {
-        drop_exact(cache, seq, l->sink);
+        drop_sink(cache, seq, l->sink);
         l->sink = NULL;
     }
     if (l->old_page) {
@@ -170,7 +187,10 @@ void fkv_layer_grown(struct fkv_cache_object *cache, struct fkv_seq *seq, int la
     struct fkv_layer *l = &seq->layers[layer];
     if (!keep)
         shrink(cache, seq, l);
-    drop_exact(cache, seq, l->old_page);
+    if (l->old_place == &l->sink)
+        drop_sink(cache, seq, l->old_page);
+    else
+        drop_exact(cache, seq, l->old_page);
     if (l->old_slots >= 0)
         fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->old_tiles,
                        (size_t)l->old_slots * sizeof *l->tiles);
@@ -263,15 +283,55 @@ static fkv_status reserve_segments(struct fkv_cache_object *cache, struct fkv_se
     return FKV_OK;
 }
 
+/* ---- pages of coded tiles: kept channels, or blocks */
+
+/* Whether tile i has a page, and its bytes. */
+static bool has_page(const struct fkv_profile_object *p, int layer, int64_t i) {
+    if (p->coding == FKV_CODING_CALIBRATED)
+        return i % fkv_tiles_per_block(p) == 0;
+    return fkv_kept_page_bytes(p, layer) > 0;
+}
+
+static size_t coded_bytes(const struct fkv_cache_object *cache, int layer, const void *page) {
+    if (!page)
+        return 0;
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        return fkv_block_bytes(cache->profile, &cache->layouts[layer].block, page);
+    return fkv_kept_page_bytes(cache->profile, layer);
+}
+
+static void *new_coded(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, int64_t i,
+                       const int32_t *step) {
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        return fkv_block_new(cache, seq, layer, i, step);
+    return fkv_page_new(cache, seq, FKV_CLASS_KEPT, fkv_kept_page_bytes(cache->profile, layer));
+}
+
+static void *share_coded(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                         void *page) {
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        return fkv_block_share(cache, seq, layer, page);
+    return fkv_page_share(cache, seq, FKV_CLASS_KEPT, page, coded_bytes(cache, layer, page));
+}
+
+static void drop_coded_page(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
+                            void *page) {
+    if (cache->profile->coding == FKV_CODING_CALIBRATED)
+        fkv_block_drop(cache, seq, layer, page);
+    else
+        fkv_page_drop(cache, seq, FKV_CLASS_KEPT, page, coded_bytes(cache, layer, page));
+}
+
 fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
-                             int64_t until, struct fkv_coding_room *room) {
+                             int64_t until, const int32_t *step, struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
     const int64_t count = until - l->n_coded;
     *room = (struct fkv_coding_room){.until = until, .n_segments = l->n_segments};
     if (count <= 0)
         return FKV_OK;
-    const size_t bytes = fkv_kept_page_bytes(cache->profile, layer);
-    fkv_status status = reserve_segments(cache, seq, layer, room);
+    fkv_status status = FKV_OK;
+    if (cache->profile->coding == FKV_CODING_FOURIER)
+        status = reserve_segments(cache, seq, layer, room);
     if (status == FKV_OK) {
         room->kept =
             fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, (size_t)count * sizeof *room->kept);
@@ -279,18 +339,16 @@ fkv_status fkv_layer_reserve(struct fkv_cache_object *cache, struct fkv_seq *seq
         if (!room->kept)
             status = fkv_cache_refused(cache);
     }
-    for (int64_t i = 0; status == FKV_OK && bytes && i < count; i++) {
-        room->kept[i] = fkv_page_new(cache, seq, FKV_CLASS_KEPT, bytes);
+    for (int64_t i = 0; status == FKV_OK && i < count; i++) {
+        if (!has_page(cache->profile, layer, l->n_coded + i))
+            continue;
+        room->kept[i] = new_coded(cache, seq, layer, l->n_coded + i, step);
         if (!room->kept[i])
             status = fkv_cache_refused(cache);
     }
     if (status != FKV_OK)
         fkv_layer_unreserve(cache, seq, layer, room);
     return status;
-}
-
-static void drop_kept(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer, void *page) {
-    fkv_page_drop(cache, seq, FKV_CLASS_KEPT, page, fkv_kept_page_bytes(cache->profile, layer));
 }
 
 static void free_kept_table(struct fkv_cache_object *cache, struct fkv_seq *seq,
@@ -305,7 +363,7 @@ void fkv_layer_unreserve(struct fkv_cache_object *cache, struct fkv_seq *seq, in
                          struct fkv_coding_room *room) {
     struct fkv_layer *l = &seq->layers[layer];
     for (int64_t i = 0; i < room->kept_count; i++)
-        drop_kept(cache, seq, layer, room->kept[i]);
+        drop_coded_page(cache, seq, layer, room->kept[i]);
     free_kept_table(cache, seq, room);
     drop_segment(cache, seq, layer, room->open);
     room->open = NULL;
@@ -349,6 +407,8 @@ void fkv_layer_seal(struct fkv_cache_object *cache, struct fkv_seq *seq, int lay
         void **tile = &l->tiles[l->n_coded + i];
         drop_exact(cache, seq, *tile);
         *tile = room->kept[i];
+        if (*tile && cache->profile->coding == FKV_CODING_CALIBRATED)
+            fkv_layer_note_block(cache, l, layer, l->n_coded + i, *tile);
     }
     l->n_coded += room->kept_count;
     free_kept_table(cache, seq, room);
@@ -364,11 +424,11 @@ static void drop_coded(struct fkv_cache_object *cache, struct fkv_seq *seq, int 
         return;
     const int64_t segments = fkv_ceil_div(first, fkv_tiles_per_segment(seq->period));
     for (int64_t i = first; i < l->n_coded; i++)
-        drop_kept(cache, seq, layer, l->tiles[i]);
+        drop_coded_page(cache, seq, layer, l->tiles[i]);
     for (int64_t i = segments; i < l->n_segments; i++)
         drop_segment(cache, seq, layer, l->segments[i]);
     l->n_coded = l->n_tiles = first;
-    l->n_segments = segments;
+    l->n_segments = fkv_min64(l->n_segments, segments);
 }
 
 void fkv_layer_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
@@ -391,7 +451,7 @@ void fkv_layer_free(struct fkv_cache_object *cache, struct fkv_seq *seq, int lay
     free_segment_table(cache, seq, l);
     fkv_cache_free(cache, seq, FKV_CLASS_TABLES, l->tiles,
                    (size_t)l->tile_slots * sizeof *l->tiles);
-    drop_exact(cache, seq, l->sink);
+    drop_sink(cache, seq, l->sink);
     *l = (struct fkv_layer){0};
 }
 
@@ -429,18 +489,20 @@ fkv_status fkv_layer_fork(struct fkv_cache_object *cache, const struct fkv_seq *
     if (status != FKV_OK)
         return status;
     const size_t exact = fkv_exact_page_bytes(cache->profile);
-    const size_t kept = from->n_coded ? fkv_kept_page_bytes(cache->profile, layer) : 0;
     for (int64_t i = 0; i < from->n_tiles; i++)
         l->tiles[i] = i < from->n_coded
-                          ? fkv_page_share(cache, child, FKV_CLASS_KEPT, from->tiles[i], kept)
+                          ? share_coded(cache, child, layer, from->tiles[i])
                           : fkv_page_share(cache, child, FKV_CLASS_EXACT, from->tiles[i], exact);
     for (int64_t i = 0; i < from->n_segments; i++)
         l->segments[i] = share_segment(cache, child, layer, from->segments[i]);
-    l->sink = fkv_page_share(cache, child, FKV_CLASS_EXACT, from->sink, exact);
+    l->sink = fkv_page_share(cache, child, FKV_CLASS_EXACT, from->sink,
+                             fkv_sink_page_bytes(cache->profile));
     l->tokens = from->tokens;
     l->n_coded = from->n_coded;
     l->n_tiles = from->n_tiles;
     l->n_segments = from->n_segments;
+    l->shift = from->shift;
+    l->uneven = from->uneven;
     return FKV_OK;
 }
 
@@ -448,10 +510,10 @@ uint64_t fkv_layer_shared_bytes(const struct fkv_cache_object *cache, const stru
                                 int layer) {
     const struct fkv_layer *l = &seq->layers[layer];
     const size_t exact = fkv_exact_page_bytes(cache->profile);
-    const size_t kept = l->n_coded ? fkv_kept_page_bytes(cache->profile, layer) : 0;
-    uint64_t bytes = fkv_page_shared(l->sink, exact) ? exact : 0;
+    const size_t sink = fkv_sink_page_bytes(cache->profile);
+    uint64_t bytes = fkv_page_shared(l->sink, sink) ? sink : 0;
     for (int64_t i = 0; i < l->n_tiles; i++) {
-        const size_t size = i < l->n_coded ? kept : exact;
+        const size_t size = i < l->n_coded ? coded_bytes(cache, layer, l->tiles[i]) : exact;
         bytes += fkv_page_shared(l->tiles[i], size) ? size : 0;
     }
     for (int64_t i = 0; i < l->n_segments; i++) {

@@ -11,8 +11,9 @@ static void finish(const struct fkv_profile_object *profile, const struct fkv_ac
     stats->bytes_tables = account->bytes[FKV_CLASS_TABLES];
     stats->bytes_blocks = account->bytes[FKV_CLASS_BLOCKS];
     stats->bytes_scales = account->bytes[FKV_CLASS_SCALES];
-    stats->bytes = stats->bytes_exact + stats->bytes_kept + stats->bytes_coefficients +
-                   stats->bytes_tables + stats->bytes_blocks + stats->bytes_scales;
+    stats->bytes = 0;
+    for (int c = 0; c < FKV_N_CLASS; c++)
+        stats->bytes += account->bytes[c];
     stats->tokens_exact = stats->tokens - stats->tokens_coded;
     stats->dense_bytes =
         stats->tokens * 4 * (uint64_t)m->n_kv_heads * (uint64_t)m->head_dim * (uint64_t)m->n_layers;
@@ -71,8 +72,8 @@ fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t token
                             (long long)period);
     }
     bool has_sink = fkv_sinks(profile) && tokens;
-    a.bytes[FKV_CLASS_EXACT] =
-        layers * (uint64_t)(tiles - coded + has_sink) * fkv_exact_page_bytes(profile);
+    a.bytes[FKV_CLASS_EXACT] = layers * ((uint64_t)(tiles - coded) * fkv_exact_page_bytes(profile) +
+                                         (has_sink ? fkv_sink_page_bytes(profile) : 0));
     *tables += layers * ((uint64_t)fkv_slots_for(tiles) * sizeof(void *) +
                          (uint64_t)segments * sizeof(struct fkv_segment *));
     for (int l = 0; fourier && l < profile->model.n_layers; l++) {
@@ -80,6 +81,12 @@ fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t token
         a.bytes[FKV_CLASS_KEPT] += (uint64_t)coded * fkv_kept_page_bytes(profile, l);
         a.bytes[FKV_CLASS_COEFFICIENTS] += (uint64_t)segments * size.coefficients;
         *tables += (uint64_t)segments * size.tables;
+    }
+    for (int l = 0; profile->coding == FKV_CODING_CALIBRATED && l < profile->model.n_layers; l++) {
+        struct fkv_block_size size = fkv_block_size(profile, l);
+        uint64_t blocks = (uint64_t)(coded / fkv_tiles_per_block(profile));
+        a.bytes[FKV_CLASS_BLOCKS] += blocks * (size.bytes - size.scales);
+        a.bytes[FKV_CLASS_SCALES] += blocks * size.scales;
     }
     stats->sequences = 1;
     stats->tokens = (uint64_t)tokens;

@@ -12,6 +12,8 @@
  * coefficients' type. */
 static float finite_limit(const struct fkv_profile_object *p) {
     const fkv_dtype dtype = p->storage_dtype;
+    if (p->coding == FKV_CODING_CALIBRATED && p->finite_limit < 65520.0f)
+        return p->finite_limit;
     if (dtype == FKV_DTYPE_F16)
         return 65520.0f;
     if (p->coding == FKV_CODING_FOURIER)
@@ -19,10 +21,13 @@ static float finite_limit(const struct fkv_profile_object *p) {
     return dtype == FKV_DTYPE_BF16 ? 0x1.ffp127f : INFINITY;
 }
 
-static void load_rotated(const struct fkv_plan_object *plan, const struct fkv_view *k,
-                         int64_t token, int head, float *x) {
+/* A key as it is held. */
+static void load_key(const struct fkv_plan_object *plan, const struct fkv_view *k, int64_t token,
+                     int head, float *x) {
     const struct fkv_model *m = &plan->cache->profile->model;
     fkv_load_head(plan->ctx->kernels, k, token, head, m->head_dim, x);
+    if (plan->cache->profile->codec.domain == FKV_DOMAIN_UNROTATED)
+        return;
     fkv_rope_apply(m, x, plan->cos + token * (m->rope_dim / 2),
                    plan->sin + token * (m->rope_dim / 2));
 }
@@ -56,22 +61,26 @@ static void store_piece(void *arg, int64_t item, int thread) {
     const int64_t first = fkv_max64(page_first, job->row->base);
     const int64_t end = fkv_min64(page_end, job->row->base + job->row->n_new);
     char *page = piece ? job->layer->tiles[piece - 1] : job->layer->sink;
-    char *key = fkv_element(page, p->storage_dtype, fkv_exact_offset(p, head, FKV_PART_K));
-    char *value = fkv_element(page, p->storage_dtype, fkv_exact_offset(p, head, FKV_PART_V));
+    const size_t room = (size_t)fkv_page_room(p, !piece);
+    char *key = fkv_element(page, p->storage_dtype, fkv_page_offset(p, !piece, head, FKV_PART_K));
+    char *value = fkv_element(page, p->storage_dtype, fkv_page_offset(p, !piece, head, FKV_PART_V));
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
     const size_t size = fkv_dtype_size(p->storage_dtype);
     const float limit = finite_limit(p);
+    const int32_t *positions = job->plan->positions;
     (void)thread;
+    for (int64_t t = first; positions && !head && t < end; t++)
+        fkv_page_positions(p, !piece, page)[t - page_first] =
+            positions[job->row->offset + t - job->row->base];
     for (int64_t t = first; t < end; t++) {
         const int64_t token = job->row->offset + t - job->row->base, at = t - page_first;
         _Alignas(64) float x[MAX_D + 16];
         _Alignas(64) char narrow[(MAX_D + 16) * sizeof(float)];
-        load_rotated(job->plan, job->k, token, head, x);
+        load_key(job->plan, job->k, token, head, x);
         bool good = in_range(x, D, limit);
         kernels->narrow[store](narrow, x, (size_t)D);
         for (int d = 0; d < D; d++) /* channel-major */
-            memcpy(key + ((size_t)d * FKV_TILE + (size_t)at) * size, narrow + (size_t)d * size,
-                   size);
+            memcpy(key + ((size_t)d * room + (size_t)at) * size, narrow + (size_t)d * size, size);
         fkv_load_head(kernels, job->v, token, head, D, x);
         good &= in_range(x, D, limit);
         kernels->narrow[store](value + (size_t)at * (size_t)D * size, x, (size_t)D);
@@ -110,7 +119,7 @@ fkv_status fkv_store_report(struct fkv_plan_object *plan, const struct fkv_view 
                 fkv_load_head(plan->ctx->kernels, part ? v : k, t, h, D, raw);
                 memcpy(x, raw, sizeof x);
                 if (!part)
-                    load_rotated(plan, k, t, h, x);
+                    load_key(plan, k, t, h, x);
                 for (int pass = 0; pass < 2; pass++) /* the input itself before its rotation */
                     for (int d = 0; d < D; d++) {
                         float value = pass ? x[d] : raw[d];

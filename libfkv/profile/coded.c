@@ -189,8 +189,10 @@ void fkv_profile_free_coded(struct fkv_profile_object *profile) {
     struct fkv_heap *heap = &profile->ctx->heap;
     fkv_heap_free(heap, profile->residuals, residuals_bytes(&profile->model));
     fkv_heap_free(heap, profile->carriers, carriers_bytes(&profile->model));
+    fkv_waves_destroy(profile->ctx, profile->waves);
     profile->residuals = NULL;
     profile->carriers = NULL;
+    profile->waves = NULL;
 }
 
 static fkv_status fill_profile(struct fkv_profile_object *profile, const uint8_t *k_bits,
@@ -209,7 +211,8 @@ static fkv_status fill_profile(struct fkv_profile_object *profile, const uint8_t
     }
     fill_part(profile, FKV_PART_K, k_bits, k_carrier);
     fill_part(profile, FKV_PART_V, v_bits, v_carrier);
-    return set_limit(profile);
+    fkv_status status = set_limit(profile);
+    return status == FKV_OK ? fkv_waves_create(ctx, &profile->model, &profile->waves) : status;
 }
 
 fkv_status fkv_profile_new_coded(struct fkv_ctx *ctx, struct fkv_model *model,

@@ -7,6 +7,7 @@
 #define FKV_PROFILE_PROFILE_H
 
 #include "core/core.h"
+#include "profile/waves.h"
 
 #define FKV_TILE 64 /* tokens of a tile: the unit of storage and of coding */
 
@@ -64,6 +65,7 @@ struct fkv_profile_object {
     fkv_codec_params codec;
     struct fkv_residuals *residuals; /* [n_layers][2][n_kv_heads] */
     float *carriers;                 /* [n_layers][2][n_kv_heads][head_dim] */
+    struct fkv_waves *waves;         /* NULL without RoPE */
     float finite_limit;              /* largest |k| and |v| whose residuals f16 scales can hold */
 };
 

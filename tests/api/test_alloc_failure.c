@@ -128,6 +128,73 @@ static fkv_status next_append(struct run *r) {
     return next_step(r, lengths, sizeof lengths / sizeof *lengths);
 }
 
+static void prepare_fork(struct run *r) {
+    r->n_streams = 1;
+    r->streams[0] = fixture_stream(&r->f, 1, 150);
+    assert_int_equal(fkv_plan_create(r->f.cache, &r->plan), FKV_OK);
+}
+
+static fkv_status update_all(struct run *r, const int64_t *n_new) {
+    fkv_sequence ids[N_STREAMS];
+    for (int i = 0; i < r->n_streams; i++)
+        ids[i] = r->streams[i].id;
+    fkv_batch batch;
+    fkv_batch_init(&batch, sizeof batch);
+    batch.count = r->n_streams;
+    batch.sequences = ids;
+    batch.n_new = n_new;
+    return fkv_plan_update(r->plan, &batch);
+}
+
+static fkv_status fork_stream(struct run *r, int from) {
+    struct stream child = r->streams[from];
+    fkv_sequence id = -7;
+    fkv_status status = fkv_sequence_fork(r->f.cache, child.id, &id);
+    if (status == FKV_OK) {
+        child.id = id;
+        r->streams[r->n_streams++] = child;
+    } else {
+        assert_int_equal(id, -7);
+    }
+    return status;
+}
+
+/* Forks until the table of sequences grows, of which some are freed again; then parent and children in one
+ * batch, whose last pages and open segments are copied; crops, which allocate nothing; and once more. */
+static fkv_status next_fork(struct run *r) {
+    static const int64_t n_new[2][4] = {{3, 70, 0, 1}, {70, 1, 200, 1}};
+    enum { FORKS = 17, CROP = FORKS, UPDATE, APPEND, STEP = APPEND + 2, KEPT = 4 };
+    struct fixture *f = &r->f;
+    int at = r->at % STEP, round = r->at / STEP, tokens = 0;
+    if (round == 2)
+        return DONE;
+    if (at < FORKS)
+        return fork_stream(r, at % r->n_streams);
+    if (at == CROP) {
+        for (int i = KEPT; i < r->n_streams; i++)
+            assert_int_equal(fkv_sequence_free(f->cache, r->streams[i].id), FKV_OK);
+        r->n_streams = KEPT;
+        for (int i = 0; i < KEPT; i++) {
+            r->streams[i].length -= i;
+            assert_int_equal(fkv_sequence_crop(f->cache, r->streams[i].id, r->streams[i].length),
+                             FKV_OK);
+        }
+        return FKV_OK;
+    }
+    if (at == UPDATE)
+        return update_all(r, n_new[round]);
+    for (int i = 0; i < KEPT; i++)
+        tokens += (int)n_new[round][i];
+    float *x = malloc(fixture_q_floats(f, tokens) * sizeof *x);
+    fixture_values(x, 1000 * round, tokens, 2, 16, 5, at - APPEND, 'k');
+    fkv_tensor k = fixture_tensor(x, FKV_DTYPE_F32, tokens, 2, 16);
+    fkv_status status = fkv_append(r->plan, at - APPEND, &k, &k);
+    free(x);
+    for (int i = 0; status == FKV_OK && at == APPEND + 1 && i < KEPT; i++)
+        r->streams[i].length += n_new[round][i];
+    return status;
+}
+
 static void prepare_streams(struct run *r) {
     r->n_streams = 3;
     for (int i = 0; i < 3; i++)
@@ -139,15 +206,7 @@ static fkv_status next_plan(struct run *r) {
     static const int64_t n_new[][3] = {{1, 0, 0}, {1, 1, 1}, {300, 2, 5}, {1, 1, 1}, {7, 900, 1}};
     if (r->at == 5)
         return DONE;
-    fkv_sequence ids[3];
-    for (int i = 0; i < 3; i++)
-        ids[i] = r->streams[i].id;
-    fkv_batch batch;
-    fkv_batch_init(&batch, sizeof batch);
-    batch.count = 3;
-    batch.sequences = ids;
-    batch.n_new = n_new[r->at];
-    return fkv_plan_update(r->plan, &batch);
+    return update_all(r, n_new[r->at]);
 }
 
 static void prepare_read(struct run *r) {
@@ -268,6 +327,17 @@ static const struct scenario scenarios[] = {
      false,
      prepare_plan,
      next_append},
+    {"append calibrated", {.calibrated = true}, false, prepare_plan, next_append},
+    {"append calibrated with threads",
+     {.calibrated = true, .threads = 3},
+     false,
+     prepare_plan,
+     next_append},
+    {"creation calibrated", {.calibrated = true}, true, NULL, next_creation},
+    {"plan calibrated", {.calibrated = true}, false, prepare_streams, next_plan},
+    {"fork exact", {.exact = true}, false, prepare_fork, next_fork},
+    {"fork coded", {.period = 192, .bins = 8, .min_middle = 1}, false, prepare_fork, next_fork},
+    {"fork calibrated", {.calibrated = true}, false, prepare_fork, next_fork},
     {"plan", {0}, false, prepare_streams, next_plan},
     {"read", {0}, false, prepare_read, next_read},
     {"sequences", {0}, false, NULL, next_sequence},

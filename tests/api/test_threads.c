@@ -324,6 +324,10 @@ static void busy(void **state) {
     const fkv_status got[] = {
         fkv_sequence_create(f.cache, NULL, &id),
         fkv_sequence_free(f.cache, b.id),
+        fkv_sequence_fork(f.cache, b.id, &id),
+        fkv_sequence_crop(f.cache, b.id, 0),
+        fkv_sequence_crop_limit(f.cache, b.id, &length),
+        fkv_sequence_crop_floor(f.cache, b.id, 0, &length),
         fkv_sequence_length(f.cache, b.id, &length),
         fkv_sequence_read(f.cache, b.id, 0, 0, 5, &k, NULL),
         fkv_cache_stats(f.cache, FKV_ALL_SEQUENCES, &stats),
@@ -347,10 +351,16 @@ static void busy(void **state) {
     assert_int_equal(fixture_layer(&f, plan, &a, 100, 1, NULL, NULL), FKV_OK);
     /* an update that has stopped halfway: its plan is in use */
     start_hold(&hold, &heap, update_thread, &thread);
-    fkv_status second[] = {fixture_update(plan, a.id, 1), fkv_attend(plan, 0, &q, &o, NULL),
-                           fkv_plan_destroy(plan), fkv_cache_destroy(f.cache)};
+    fkv_status second[] = {fixture_update(plan, a.id, 1),
+                           fkv_attend(plan, 0, &q, &o, NULL),
+                           fkv_plan_destroy(plan),
+                           fkv_cache_destroy(f.cache),
+                           fkv_sequence_fork(f.cache, b.id, &id), /* writers beside a reader */
+                           fkv_sequence_crop(f.cache, b.id, 0)};
+    fkv_status reading = fkv_sequence_crop_limit(f.cache, b.id, &length);
     end_hold(&hold, &heap, thread);
-    for (int i = 0; i < 4; i++)
+    assert_int_equal(reading, FKV_OK);
+    for (int i = 0; i < 6; i++)
         assert_int_equal(second[i], FKV_ERR_BUSY);
     assert_int_equal(fkv_attend(other, 0, &q, &o, NULL), FKV_OK);
     /* all as if nobody had tried */
@@ -443,9 +453,15 @@ static fkv_status use_plan(struct job *job, int slot) {
     struct stream s = {.number = 1};
     (void)job;
     f.cache = storm.cache[slot];
+    fkv_sequence fork = -1;
     fkv_status status = fkv_sequence_create(f.cache, NULL, &s.id);
     if (status == FKV_OK)
         status = fixture_step(&f, storm.plan[slot], &s, 3, NULL, NULL);
+    if (status == FKV_OK && fkv_sequence_fork(f.cache, s.id, &fork) == FKV_OK) {
+        fkv_sequence_crop(f.cache, s.id, 1);
+        s.id = fork; /* the other one stays until the cache goes */
+        status = fixture_step(&f, storm.plan[slot], &s, 3, NULL, NULL);
+    }
     fkv_sequence_free(f.cache, s.id);
     return status;
 }

@@ -29,7 +29,7 @@ for name in "dense", "asked":
     assert v["seconds"] > 0 and v["bytes"] > 0, name
     assert 0 < v["max_output"] and 0 <= v["max_error"] <= v["tolerance"] < v["max_output"], v
 assert r["dense"]["tokens_coded"] == 0
-assert (r["asked"]["tokens_coded"] > 0) == r["profile"].startswith("fourier"), r
+assert (r["asked"]["tokens_coded"] > 0) == (r["profile"] != "exact"), r
 assert r["profile"] == "exact" or r["asked"]["bytes"] < r["dense"]["bytes"], r
 '
 
@@ -45,10 +45,15 @@ runs() {
 runs "attend, exact" --profile exact
 runs "attend, coded" --profile fourier:0.9:32
 runs "attend, coded, a batch in bf16" --profile fourier:0.9:32 --batch 3 --storage bf16
+runs "attend, calibrated" --profile coded:1
+runs "attend, calibrated, a batch in bf16" --profile coded:1.5 --batch 3 --storage bf16
+runs "attend, uniform" --profile uniform:3 --cpu reference
+runs "append, calibrated" --op append --profile coded:1
 runs "append, exact" --op append --profile exact --storage f32
 runs "append, coded" --op append --profile fourier:0.9:32 --cpu reference
 
-for wrong in --nothing --tokens "--tokens x" "--hq 3 --hk 2" "--profile fourier:2"; do
+for wrong in --nothing --tokens "--tokens x" "--hq 3 --hk 2" "--profile fourier:2" \
+    "--profile coded:9" "--profile uniform:5"; do
     # shellcheck disable=SC2086
     "$bench" $wrong >"$tmp/log" 2>&1
     [ $? -eq 2 ]

@@ -90,10 +90,35 @@ void fixture_model(struct fixture *f, const struct options *options) {
         f->inv_freq[j] = pow(10000, -2.0 * j / o->dim);
 }
 
+static fkv_status calibrated_profile(struct fixture *f, fkv_profile **out) {
+    static const uint8_t bits[] = {0, 2, 3, 4, 8, 16, 0};
+    const struct options *o = &f->options;
+    fkv_codec_params codec;
+    fkv_codec_params_init(&codec, sizeof codec);
+    codec.storage_dtype = o->storage;
+    codec.group = codec.block = 64;
+    codec.n_sink = o->n_sink < 0 ? 0 : o->n_sink;
+    codec.n_local = o->n_local;
+    size_t count = (size_t)o->layers * (size_t)o->kv_heads * (size_t)o->dim;
+    uint8_t *width = malloc(count);
+    float *carrier = malloc(count * sizeof *carrier);
+    for (size_t i = 0; i < count; i++) {
+        width[i] = bits[i % sizeof bits];
+        carrier[i] = (float)(i % 5) / 4 - 0.5f;
+    }
+    fkv_status status = fkv_profile_create_coded(f->ctx, &f->model, &codec, width, width, count,
+                                                 carrier, carrier, count, out);
+    free(width);
+    free(carrier);
+    return status;
+}
+
 fkv_status fixture_profile(struct fixture *f, fkv_profile **out) {
     const struct options *o = &f->options;
     if (o->exact)
         return fkv_profile_create_exact(f->ctx, &f->model, o->storage, out);
+    if (o->calibrated)
+        return calibrated_profile(f, out);
     fkv_fourier_params fourier;
     fkv_fourier_params_init(&fourier, sizeof fourier);
     fourier.storage_dtype = o->storage;

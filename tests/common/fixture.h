@@ -39,6 +39,7 @@ struct options {
     int layers, q_heads, kv_heads, dim; /* 0: 2, 4, 2, 16 */
     bool exact;                         /* else Fourier, every third channel kept */
     bool authors;                       /* the published restoration */
+    bool calibrated;                    /* bits of 0 to 16 and carriers, blocks of 64 */
     fkv_dtype storage;                  /* 0: F16 */
     int bins, n_sink, n_local;          /* 0: 16, 4, 32; n_sink < 0 for none */
     int64_t period;                     /* 0: 512 */

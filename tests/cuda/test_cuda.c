@@ -526,12 +526,14 @@ static void test_codes(void **state) {
     }
 }
 
-/* Exact tokens against a CPU cache, bit for bit. */
-static void test_exact_bits(void **state) {
-    (void)state;
+/* What a CPU cache of the same profile holds: exact tokens bit for bit, coded ones to the rounding of the read. */
+static void compare_cpu(const struct config *c) {
+    enum { TOKENS = 700 };
     struct world w;
-    struct step s = {.count = 1, .n_new = {333}};
-    open_world(&w, &configs[0], 3);
+    struct step s = {.count = 1, .n_new = {TOKENS}};
+    char *text;
+    size_t bytes;
+    open_world(&w, c, 3);
     OK(&w, fkv_sequence_create(w.cache, NULL, &s.ids[0]));
     plan_step(&w, &s);
     make_arrays(&w, &s);
@@ -542,7 +544,10 @@ static void test_exact_bits(void **state) {
     fkv_plan *plan;
     fkv_sequence id;
     fkv_batch batch;
-    check(cpu, fkv_profile_create_exact(cpu, &w.model, w.c->storage, &profile), "profile");
+    OK(&w, fkv_profile_save(w.profile, NULL, 0, &bytes));
+    text = malloc(bytes);
+    OK(&w, fkv_profile_save(w.profile, text, bytes, &bytes));
+    check(cpu, fkv_profile_load(cpu, text, bytes, &profile), "profile");
     check(cpu, fkv_cache_create(cpu, profile, NULL, &cache), "cache");
     check(cpu, fkv_plan_create(cache, &plan), "plan");
     check(cpu, fkv_sequence_create(cache, NULL, &id), "sequence");
@@ -555,29 +560,39 @@ static void test_exact_bits(void **state) {
     k.data = s.k[0].host + GUARD, v.data = s.v[0].host + GUARD;
     k.device = v.device = FKV_DEVICE_CPU;
     check(cpu, fkv_append(plan, 0, &k, &v), "append");
-    float *got[2];
+    const int64_t n = (int64_t)TOKENS * c->hk * c->dim, shape[3] = {TOKENS, c->hk, c->dim};
     for (int part = 0; part < 2; part++) {
-        const int64_t shape[3] = {333, w.c->hk, w.c->dim};
         fkv_tensor t;
-        got[part] = malloc((size_t)(333 * w.c->hk * w.c->dim) * sizeof(float));
-        fkv_tensor_init(&t, got[part], FKV_DTYPE_F32, 3, shape);
-        check(cpu, fkv_sequence_read(cache, id, 0, 0, 333, part ? NULL : &t, part ? &t : NULL),
+        float *got = malloc((size_t)n * sizeof(float));
+        fkv_tensor_init(&t, got, FKV_DTYPE_F32, 3, shape);
+        check(cpu, fkv_sequence_read(cache, id, 0, 0, TOKENS, part ? NULL : &t, part ? &t : NULL),
               "read");
-        double *x = read_part(&w, s.ids[0], 0, part, 333);
-        int64_t wrong = 0;
-        for (int64_t i = 0; i < 333 * w.c->hk * w.c->dim; i++) {
-            wrong += x[i] != (double)got[part][i];
+        double *x = read_part(&w, s.ids[0], 0, part, TOKENS);
+        int64_t different = 0, wrong = 0;
+        for (int64_t i = 0; i < n; i++) {
+            different += x[i] != (double)got[i];
+            wrong += !(fabs(x[i] - (double)got[i]) <= 1e-6 * (1 + fabs((double)got[i])));
         }
-        assert_int_equal(wrong, 0);
+        print_message("%s: %lld of %lld values differ in the last bit\n", c->name,
+                      (long long)different, (long long)n);
+        assert_int_equal(c->bits < 0 ? different : wrong, 0);
         free(x);
-        free(got[part]);
+        free(got);
     }
+    free(text);
     fkv_plan_destroy(plan);
     fkv_cache_destroy(cache);
     fkv_profile_destroy(profile);
     fkv_context_destroy(cpu);
     free_arrays(&w, &s);
     close_world(&w);
+}
+
+static void test_against_cpu(void **state) {
+    (void)state;
+    for (size_t i = 0; i < sizeof configs / sizeof configs[0]; i++) {
+        compare_cpu(&configs[i]);
+    }
 }
 
 /* A captured step, replayed while sequences grow past blocks, against calls one by one: the same bits. */
@@ -763,10 +778,10 @@ int main(int argc, char **argv) {
     stream = gpu_stream_new();
     printf("%s, driver %d\n", gpu_name(), gpu_driver_version());
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exact_bits), cmocka_unit_test(test_codes),
-        cmocka_unit_test(test_outputs),    cmocka_unit_test(test_attend_alone),
-        cmocka_unit_test(test_graph),      cmocka_unit_test(test_forks),
-        cmocka_unit_test(test_bad_places), cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_against_cpu), cmocka_unit_test(test_codes),
+        cmocka_unit_test(test_outputs),     cmocka_unit_test(test_attend_alone),
+        cmocka_unit_test(test_graph),       cmocka_unit_test(test_forks),
+        cmocka_unit_test(test_bad_places),  cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -4,14 +4,11 @@
 /* ---- the rules of the header, once more */
 
 int64_t sinks(const struct config *c) {
-    return c->fourier ? c->params.n_sink : 0;
+    return config_sinks(c);
 }
 
 int64_t tiles_to_code(const struct config *c, int64_t tokens) {
-    if (!c->fourier)
-        return 0;
-    int64_t middle = tokens - c->params.n_sink - c->params.n_local;
-    return middle < c->params.min_middle || middle < 1 ? 0 : middle / 64;
+    return config_coded(c, tokens) / 64;
 }
 
 int64_t coded_end(const struct config *c, int64_t tiles) {
@@ -23,14 +20,15 @@ int64_t floor_of(const struct config *c, int64_t tiles, int64_t tokens) {
     if (tokens <= sinks(c) || tokens >= coded_end(c, tiles))
         return tokens;
     int64_t length = sinks(c);
-    while (length + c->params.period / 64 * 64 <= tokens)
-        length += c->params.period / 64 * 64;
+    int64_t unit = c->calibrated ? c->codec.block : c->params.period / 64 * 64;
+    while (length + unit <= tokens)
+        length += unit;
     return length;
 }
 
 /* ---- small worlds */
 
-struct config forks_draw(struct random *r, bool fourier) {
+struct config forks_draw(struct random *r, enum coding_kind kind) {
     struct config c = config_draw(r);
 
     c.layers = (int)random_int(r, 1, 2);
@@ -39,12 +37,17 @@ struct config forks_draw(struct random *r, bool fourier) {
     c.rope_dim = 0;
     c.positions = false; /* a token's position follows from its place */
     c.tokens = random_int(r, 1, 400);
-    if (fourier) {
+    if (kind == KIND_FOURIER) {
         config_draw_fourier(r, &c);
         c.params.n_local = (int)random_int(r, 0, 70);
         c.params.period = random_int(r, 64, 260);
         c.params.bins = (int)random_int(r, 1, 20);
         c.tokens = sinks(&c) + c.params.n_local + random_int(r, 1, 500);
+    }
+    if (kind == KIND_CALIBRATED) {
+        config_draw_calibrated(r, &c);
+        c.codec.n_local = (int)random_int(r, 0, 70);
+        c.tokens = sinks(&c) + c.codec.n_local + random_int(r, 1, 500);
     }
     return c;
 }
@@ -66,8 +69,8 @@ void check_bytes(struct world *w, int64_t others) {
     if (w->live - others != (int64_t)all.bytes)
         property_fail("%lld bytes live, %llu counted", (long long)(w->live - others),
                       (unsigned long long)all.bytes);
-    CHECK(all.bytes ==
-          all.bytes_exact + all.bytes_kept + all.bytes_coefficients + all.bytes_tables);
+    CHECK(all.bytes == all.bytes_exact + all.bytes_kept + all.bytes_coefficients +
+                           all.bytes_tables + all.bytes_blocks + all.bytes_scales);
     CHECK(all.bytes_shared <= all.bytes);
     OK(fkv_plan_create(w->cache, &w->plan));
 }
@@ -85,6 +88,7 @@ void same_stats(const fkv_stats *a, const fkv_stats *b, bool tables) {
     CHECK(a->tokens_coded == b->tokens_coded && a->dense_bytes == b->dense_bytes);
     CHECK(a->bytes_exact == b->bytes_exact && a->bytes_kept == b->bytes_kept);
     CHECK(a->bytes_coefficients == b->bytes_coefficients);
+    CHECK(a->bytes_blocks == b->bytes_blocks && a->bytes_scales == b->bytes_scales);
     CHECK(!tables || (a->bytes_tables == b->bytes_tables && a->bytes == b->bytes));
 }
 

@@ -13,7 +13,8 @@ int64_t coded_end(const struct config *c, int64_t tiles);
 /* The greatest length, no more than `tokens`, that a sequence with so many coded tiles can be cropped to. */
 int64_t floor_of(const struct config *c, int64_t tiles, int64_t tokens);
 
-struct config forks_draw(struct random *r, bool fourier);
+enum coding_kind { KIND_EXACT, KIND_FOURIER, KIND_CALIBRATED, N_KIND };
+struct config forks_draw(struct random *r, enum coding_kind kind);
 fkv_sequence fork_of(struct world *w, fkv_sequence parent);
 /* Bytes that are not the cache's, with no plan. */
 int64_t other_bytes(struct world *w);

@@ -45,6 +45,10 @@ struct config {
     bool fourier;
     fkv_fourier_params params; /* of a Fourier profile; its storage type is `storage` */
     double coded[2]; /* share of coded channels of K and V; heads with none and all occur */
+    bool calibrated;
+    fkv_codec_params codec; /* of a calibrated profile; its storage type is `storage` */
+    bool carriers;
+    int bits; /* of all channels; -1: mixed, with heads of one kind among them */
 };
 
 /* The simplest one: f32, one layer, no RoPE, exact, one thread, best level. */
@@ -53,6 +57,13 @@ struct config config_plain(uint64_t seed);
 struct config config_draw(struct random *r);
 /* Adds a Fourier coding in which `tokens` tokens pass several codings. */
 void config_draw_fourier(struct random *r, struct config *c);
+/* Adds a calibrated coding in which `tokens` tokens fill several blocks. */
+void config_draw_calibrated(struct random *r, struct config *c);
+/* Sinks and local tokens of either coding; 0 of an exact profile. */
+int64_t config_sinks(const struct config *c);
+int64_t config_local(const struct config *c);
+/* Tokens of the coded middle once `tokens` are held. */
+int64_t config_coded(const struct config *c, int64_t tokens);
 /* The best level of this processor and build; levels begin at FKV_CPU_REFERENCE. */
 fkv_cpu_level config_best_level(void);
 
@@ -84,8 +95,10 @@ struct world {
     fkv_plan *plan;
     fkv_model_params model;
     double inv_freq[FKV_MAX_HEAD_DIM / 2];
-    uint8_t *mask[2]; /* [layers][kv_heads][head_dim]; NULL for an exact profile */
-    int64_t live;     /* bytes the allocator has given out */
+    uint8_t *mask[2];  /* [layers][kv_heads][head_dim]: coded, or bits; NULL for an exact profile */
+    float *carrier[2]; /* the same shape; NULL unless calibrated */
+    int64_t live;      /* bytes the allocator has given out */
+    int first_layer;   /* steps leave out those before it */
 };
 
 void world_open(struct world *w, const struct config *c);

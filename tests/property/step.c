@@ -149,7 +149,7 @@ fkv_status step_try(struct world *w, const struct part *parts, int count, enum s
         o->rows = rows;
     }
     fkv_status status = update(w, parts, count, rows);
-    for (int layer = 0; layer < w->config.layers && status == FKV_OK; layer++) {
+    for (int layer = w->first_layer; layer < w->config.layers && status == FKV_OK; layer++) {
         boxes_init(b, w, parts, count, layer, rows);
         status = run(w, layer, b, mode);
         if (status != FKV_OK || mode == STEP_APPEND)

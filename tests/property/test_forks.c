@@ -13,7 +13,7 @@ static int runs(int full) {
 
 static void run_some(const char *name, property_fn property, int count) {
     for (int i = 0; i < runs(count); i++) {
-        struct config c = forks_draw(&rng, i % 2);
+        struct config c = forks_draw(&rng, i % N_KIND);
         property_run(name, property, &c);
     }
 }
@@ -86,7 +86,7 @@ static void part_ways(const struct config *c) {
 
 static void fork_then_part(void **state) {
     (void)state;
-    run_some("part_ways", part_ways, 40);
+    run_some("part_ways", part_ways, 60);
 }
 
 /* Parent and children in one batch, all of them writing to what they share. */
@@ -127,7 +127,7 @@ static void together(const struct config *c) {
 
 static void forks_in_a_batch(void **state) {
     (void)state;
-    run_some("together", together, 40);
+    run_some("together", together, 60);
 }
 
 /* Four beams over some steps: each takes up one of the last step's. */
@@ -175,7 +175,7 @@ static void beams(const struct config *c) {
 
 static void beam_search(void **state) {
     (void)state;
-    run_some("beams", beams, 24);
+    run_some("beams", beams, 36);
 }
 
 /* 10 000 forks of one sequence, which goes first. */
@@ -183,8 +183,8 @@ static void many_forks(void **state) {
     enum { N = 10000 };
     static fkv_sequence id[N];
     (void)state;
-    for (int fourier = 0; fourier < 2; fourier++) {
-        struct config c = forks_draw(&rng, fourier);
+    for (enum coding_kind kind = 0; kind < N_KIND; kind++) {
+        struct config c = forks_draw(&rng, kind);
         struct world w;
         struct stream s;
         c.tokens = 300;
@@ -309,14 +309,14 @@ static void cropped(const struct config *c) {
 
 static void crop_is_append(void **state) {
     (void)state;
-    run_some("cropped", cropped, 40);
+    run_some("cropped", cropped, 60);
 }
 
 /* Drafts of up to n_local tokens are taken back, now and then, while a sequence grows one by one. */
 static void drafts(const struct config *c) {
     struct world w;
     struct stream s, draft;
-    int64_t last_coded = 0, most = c->fourier ? c->params.n_local : 70;
+    int64_t last_coded = 0, most = c->fourier || c->calibrated ? config_local(c) : 70;
 
     world_open(&w, c);
     stream_init(&s, c, 1, c->tokens);
@@ -344,7 +344,7 @@ static void drafts(const struct config *c) {
 
 static void drafts_taken_back(void **state) {
     (void)state;
-    run_some("drafts", drafts, 60);
+    run_some("drafts", drafts, 90);
 }
 
 /* A step that only some layers have had is taken back, or cannot be and is finished. */
@@ -357,13 +357,18 @@ static void half_step(const struct config *c) {
 
     world_open(&w, c);
     int64_t n = c->tokens, more = random_int(&w.rng, 1, 100), end = n + more;
+    int64_t few = random_int(&w.rng, 1, random_chance(&w.rng, 0.5) ? 2 : 50);
     stream_init(&s, c, 1, end + 100);
     id = world_sequence(&w);
     step_one(&w, id, &s, 0, n, STEP_APPEND, NULL);
     int64_t coded = tiles_to_code(c, n), ahead = tiles_to_code(c, end);
-    w.config.layers = 1; /* the others do not get it */
+    if (random_chance(&w.rng, 0.5)) /* one layer of two */
+        w.first_layer = c->layers - 1;
+    else
+        w.config.layers = 1;
     step_one(&w, id, &s, n, more, STEP_FUSED, NULL);
     w.config.layers = c->layers;
+    w.first_layer = 0;
     if (c->layers == 1) {
         OK(fkv_sequence_crop(w.cache, id, floor_of(c, ahead, n)));
     } else {
@@ -382,11 +387,11 @@ static void half_step(const struct config *c) {
     CHECK(length == floor_of(c, ahead, n));
     /* all goes on, though the layers may have coded differently far */
     other = fork_of(&w, id);
-    OK(step_try(&w, &(struct part){other, &s, length, 50}, 1, STEP_ATTEND, &o));
+    OK(step_try(&w, &(struct part){other, &s, length, few}, 1, STEP_ATTEND, &o));
     for (int layer = 0; layer < c->layers; layer++) {
         struct held h;
         held_read(&h, &w, other, layer, 0, length);
-        check_attention(&w, layer, &h, &s, length, 50, length, false, &o, 0);
+        check_attention(&w, layer, &h, &s, length, few, length, false, &o, 0);
         held_free(&h);
     }
     outputs_free(&o);
@@ -404,7 +409,17 @@ static void half_step(const struct config *c) {
 
 static void half_steps(void **state) {
     (void)state;
-    run_some("half_step", half_step, 80);
+    run_some("half_step", half_step, 90);
+    for (int i = 0; i < runs(60);
+         i++) { /* the half step codes, into a new segment, and is taken back */
+        struct config c = forks_draw(&rng, KIND_FOURIER);
+        int64_t segment = c.params.period / 64 * 64;
+        c.layers = 2;
+        c.params.n_local = (int)random_int(&rng, 64, 130);
+        c.tokens = sinks(&c) + c.params.n_local + segment * random_int(&rng, 0, 3) +
+                   random_int(&rng, 20, 61);
+        property_run("half_step", half_step, &c);
+    }
 }
 
 int main(void) {

@@ -55,7 +55,7 @@ static struct model rebuild(struct operations *o, const struct model *m) {
     }
     for (int64_t n; fresh.coded < m->coded; fresh.coded = tiles_to_code(c, fresh.n)) {
         /* other tokens push these out of the window */
-        n = sinks(c) + c->params.n_local + 64 * m->coded - fresh.n;
+        n = sinks(c) + config_local(c) + 64 * m->coded - fresh.n;
         n = n < 1 ? 1 : n > 64 ? 64 : n;
         append_run(o, &fresh, 7, n);
     }
@@ -300,12 +300,12 @@ static void operations(const struct config *c) {
 }
 
 static void random_operations(void **state) {
-    enum { WORLDS = 64, EACH = 1800 };
+    enum { WORLDS = 72, EACH = 1800 };
     int64_t total = 0;
 
     (void)state;
     for (int i = 0; i < (random_quick() ? 8 : WORLDS); i++) {
-        struct config c = forks_draw(&rng, i % 4 != 0);
+        struct config c = forks_draw(&rng, i % N_KIND);
         c.layers = 1 + i % 2;
         c.head_dim = 8;
         c.tokens = random_quick() ? EACH / 8 : EACH;

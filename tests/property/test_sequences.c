@@ -11,14 +11,18 @@ static int runs(int full) {
     return random_quick() ? (full + 7) / 8 : full;
 }
 
+enum kind { EXACT, FOURIER, CALIBRATED };
+
 /* Exact, or with small windows so that much is coded. */
-static struct config draw(bool fourier) {
+static struct config draw(enum kind kind) {
     struct config c = config_draw(&rng);
 
     c.head_dim = 8 * (int)random_int(&rng, 1, 5);
     c.rope_dim = 0;
-    if (fourier)
+    if (kind == FOURIER)
         config_draw_fourier(&rng, &c);
+    if (kind == CALIBRATED)
+        config_draw_calibrated(&rng, &c);
     c.tokens = 1;
     return c;
 }
@@ -116,7 +120,7 @@ static void alone(const struct config *c) {
 static void row_of_a_batch(void **state) {
     (void)state;
     for (int i = 0; i < runs(12); i++) {
-        struct config c = draw(i % 2);
+        struct config c = draw(i % 3);
         property_run("alone", alone, &c);
     }
 }
@@ -159,7 +163,7 @@ static void threads(const struct config *c) {
 static void number_of_threads(void **state) {
     (void)state;
     for (int i = 0; i < runs(6); i++) {
-        struct config c = draw(i % 2);
+        struct config c = draw(i % 3);
         property_run("threads", threads, &c);
     }
 }
@@ -246,7 +250,7 @@ static void rejected(const struct config *c) {
 static void bad_values_are_rejected(void **state) {
     (void)state;
     for (int i = 0; i < runs(12); i++) {
-        struct config c = draw(i % 2);
+        struct config c = draw(i % 3);
         property_run("rejected", rejected, &c);
     }
 }
@@ -324,7 +328,7 @@ static void confined(const struct config *c) {
 static void bad_values_stay_in_their_place(void **state) {
     (void)state;
     for (int i = 0; i < runs(16); i++) {
-        struct config c = draw(i % 2);
+        struct config c = draw(i % 3);
         c.layers = 1;
         c.flags = FKV_CONTEXT_PROPAGATE_NONFINITE;
         property_run("confined", confined, &c);
@@ -364,8 +368,8 @@ static void bytes(const struct config *c) {
         OK(fkv_plan_destroy(w.plan));
         fkv_stats all = world_stats(&w, FKV_ALL_SEQUENCES);
         CHECK(all.bytes == live_bytes(&w) - others);
-        CHECK(all.bytes ==
-              all.bytes_exact + all.bytes_kept + all.bytes_coefficients + all.bytes_tables);
+        CHECK(all.bytes == all.bytes_exact + all.bytes_kept + all.bytes_coefficients +
+                               all.bytes_tables + all.bytes_blocks + all.bytes_scales);
         CHECK(all.sequences == (uint64_t)(i + 1 - (i + 1) / 3));
         OK(fkv_plan_create(w.cache, &w.plan));
     }
@@ -376,7 +380,7 @@ static void bytes(const struct config *c) {
 static void counted_bytes(void **state) {
     (void)state;
     for (int i = 0; i < runs(40); i++) {
-        struct config c = draw(i % 2);
+        struct config c = draw(i % 3);
         property_run("bytes", bytes, &c);
     }
 }
@@ -403,6 +407,8 @@ static void estimate(const struct config *c) {
         CHECK(all.bytes_exact == predicted.bytes_exact);
         CHECK(all.bytes_kept == predicted.bytes_kept);
         CHECK(all.bytes_coefficients == predicted.bytes_coefficients);
+        CHECK(all.bytes_blocks == predicted.bytes_blocks);
+        CHECK(all.bytes_scales == predicted.bytes_scales);
         CHECK(all.bytes_tables == predicted.bytes_tables);
         CHECK(all.bytes == predicted.bytes && all.dense_bytes == predicted.dense_bytes);
         CHECK(all.ratio == predicted.ratio && all.sequences == predicted.sequences);
@@ -416,7 +422,8 @@ static void estimate(const struct config *c) {
 static void estimates(void **state) {
     (void)state;
     for (int i = 0; i < runs(24); i++) {
-        struct config c = draw(i % 4 != 0);
+        struct config c = draw(i % 3);
+        c.positions = c.positions && !c.calibrated; /* lists of them take room of their own */
         property_run("estimate", estimate, &c);
     }
 }

@@ -76,6 +76,15 @@ static bool smaller(struct config *c, int proposal) {
     case 15:
         c->coded[1] = 0;
         return true;
+    case 16:
+        c->carriers = false;
+        return true;
+    case 17:
+        c->bits = c->calibrated ? 4 : c->bits;
+        return true;
+    case 18:
+        c->bits = c->calibrated ? 0 : c->bits;
+        return true;
     default:
         return false;
     }
@@ -96,6 +105,11 @@ static void describe(const struct config *c, char *text, size_t bytes) {
                  c->params.bins, c->params.coefficient_dtype, c->params.n_sink, c->params.n_local,
                  c->params.restoration, c->params.outgrow, c->params.period, c->params.min_middle,
                  c->coded[0], c->coded[1]);
+    if (c->calibrated && n > 0 && (size_t)n < bytes)
+        snprintf(text + n, bytes - (size_t)n,
+                 " calibrated: group %d block %d sink %d local %d domain %d carriers %d bits %d",
+                 c->codec.group, c->codec.block, c->codec.n_sink, c->codec.n_local, c->codec.domain,
+                 c->carriers, c->bits);
 }
 
 void property_run(const char *name, property_fn property, const struct config *c) {
@@ -201,6 +215,46 @@ void config_draw_fourier(struct random *r, struct config *c) {
         c->coded[part] = random_chance(r, 0.2) ? (double)random_int(r, 0, 1) : random_uniform(r);
 }
 
+void config_draw_calibrated(struct random *r, struct config *c) {
+    fkv_codec_params *p = &c->codec;
+
+    c->calibrated = true;
+    if (c->head_dim > 80) { /* for time */
+        c->layers = 1;
+        c->kv_heads = c->kv_heads < 2 ? c->kv_heads : 2;
+        c->group = c->group < 4 ? c->group : 4;
+    }
+    assert_int_equal(fkv_codec_params_init(p, sizeof *p), FKV_OK);
+    p->block = 64 << random_int(r, 0, 2);
+    p->group = p->block == 64 || random_chance(r, 0.5) ? 64 : 128;
+    p->n_sink = random_chance(r, 0.3) ? 0 : (int)random_int(r, 1, FKV_MAX_SINK);
+    p->n_local = (int)random_int(r, 0, 130);
+    p->domain = random_chance(r, 0.25) ? FKV_DOMAIN_UNROTATED : FKV_DOMAIN_ROTATED;
+    c->carriers = random_chance(r, 0.8);
+    c->bits = -1;
+    c->tokens = p->n_sink + p->n_local + random_int(r, 1, 700);
+}
+
+int64_t config_sinks(const struct config *c) {
+    return c->fourier ? c->params.n_sink : c->calibrated ? c->codec.n_sink : 0;
+}
+
+int64_t config_local(const struct config *c) {
+    return c->fourier ? c->params.n_local : c->calibrated ? c->codec.n_local : 0;
+}
+
+int64_t config_coded(const struct config *c, int64_t tokens) {
+    int64_t middle = tokens - config_sinks(c) - config_local(c), least = 1, unit = 64;
+
+    if (!c->fourier && !c->calibrated)
+        return 0;
+    if (c->fourier)
+        least = c->params.min_middle ? c->params.min_middle : 2 * c->params.bins;
+    else
+        unit = c->codec.block;
+    return middle < least || middle < 1 ? 0 : middle / unit * unit;
+}
+
 /* ---- worlds */
 
 static void *world_alloc(void *user, size_t bytes, size_t alignment) {
@@ -255,12 +309,47 @@ static void fill_masks(struct world *w, size_t bytes) {
     }
 }
 
+/* Of the heads some have channels of one kind only. */
+static void fill_bits(struct world *w, size_t count) {
+    static const uint8_t widths[] = {0, 0, 2, 2, 3, 4, 8, 16};
+    const struct config *c = &w->config;
+    struct random r;
+
+    random_init(&r, c->seed + 18);
+    for (int part = 0; part < 2; part++) {
+        w->mask[part] = malloc(count);
+        w->carrier[part] = calloc(count, sizeof(float));
+        for (size_t head = 0; head < count / (size_t)c->head_dim; head++) {
+            int same = random_chance(&r, 0.3) ? widths[random_int(&r, 0, 7)] : -1;
+            bool carried = c->carriers && random_chance(&r, 0.9);
+            for (size_t i = head * (size_t)c->head_dim; i < (head + 1) * (size_t)c->head_dim; i++) {
+                uint8_t mixed = widths[random_int(&r, 0, 7)];
+                w->mask[part][i] = (uint8_t)(c->bits >= 0 ? c->bits
+                                             : same >= 0  ? same
+                                                          : (int)mixed);
+                float carrier = (float)random_normal(&r);
+                w->carrier[part][i] = carried ? carrier : 0.0f;
+            }
+        }
+    }
+}
+
 static void make_profile(struct world *w) {
     const struct config *c = &w->config;
     size_t bytes = (size_t)c->layers * (size_t)c->kv_heads * (size_t)c->head_dim;
     fkv_fourier_params p = c->params;
 
     fill_model(w);
+    if (c->calibrated) {
+        fkv_codec_params codec = c->codec;
+        codec.storage_dtype = c->storage;
+        fill_bits(w, bytes);
+        OK(fkv_profile_create_coded(w->ctx, &w->model, &codec, w->mask[0], w->mask[1], bytes,
+                                    c->carriers ? w->carrier[0] : NULL,
+                                    c->carriers ? w->carrier[1] : NULL, c->carriers ? bytes : 0,
+                                    &w->profile));
+        return;
+    }
     if (!c->fourier) {
         OK(fkv_profile_create_exact(w->ctx, &w->model, c->storage, &w->profile));
         return;
@@ -298,6 +387,8 @@ void world_close(struct world *w) {
     CHECK(w->live == 0);
     free(w->mask[0]);
     free(w->mask[1]);
+    free(w->carrier[0]);
+    free(w->carrier[1]);
 }
 
 fkv_sequence world_sequence(struct world *w) {
@@ -340,8 +431,12 @@ void stream_init(struct stream *s, const struct config *c, uint64_t seed, int64_
     random_init(&r, c->seed * 31 + seed);
     s->n = n;
     s->positions = malloc((size_t)(n + 1) * sizeof *s->positions);
-    for (int64_t i = 0, at = 0; i < n; i++, at += 1 + (c->positions ? random_int(&r, -1, 40) : 0))
+    /* now and then for calibrated profiles, whose blocks say where runs of positions begin */
+    const double jumps = !c->positions ? 0 : c->calibrated && c->seed % 2 ? 0.005 : 1;
+    for (int64_t i = 0, at = 0; i < n; i++) {
         s->positions[i] = at;
+        at += 1 + (jumps > 0 && random_chance(&r, jumps) ? random_int(&r, -1, 40) : 0);
+    }
     for (int layer = 0; layer < c->layers; layer++) {
         s->q[layer] = draw_rows(&r, c, n, c->kv_heads * c->group);
         s->k[layer] = draw_rows(&r, c, n, c->kv_heads);

@@ -3,42 +3,12 @@
 #include "kernels/kernels.h"
 
 #include "core/core.h"
+#include "kernels/packed.h"
 
 #include <math.h>
 #include <string.h>
 
 static const int bits_of[FKV_N_PACKED] = {8, 4, 3, 2};
-
-static unsigned half_word(const uint8_t *p) {
-    return p[0] | (unsigned)p[1] << 8;
-}
-
-static uint32_t word(const uint8_t *p) {
-    return half_word(p) | (uint32_t)half_word(p + 2) << 16;
-}
-
-static unsigned key_code(const uint8_t *channel, int bits, int t) {
-    const int v = t / 16, i = t % 16;
-    if (bits == 8)
-        return channel[t];
-    if (bits == 4)
-        return half_word(channel + 2 * i) >> 4 * v & 15;
-    unsigned low = channel[i] >> 2 * v & 3;
-    return bits == 2 ? low : low | (half_word(channel + 16 + 2 * v) >> i & 1) << 2;
-}
-
-/* Code of `bits` bits in the words [64 / S][channels] at p, S = 32 / bits. */
-static unsigned word_code(const uint8_t *p, int bits, int channels, int t, int c) {
-    const int S = 32 / bits;
-    return word(p + 4 * ((ptrdiff_t)(t / S) * channels + c)) >> t % S * bits & ((1u << bits) - 1);
-}
-
-static unsigned value_code(const uint8_t *class, int bits, int channels, int t, int c) {
-    if (bits != 3)
-        return word_code(class, bits, channels, t, c);
-    return word_code(class, 2, channels, t, c) |
-           word_code(class + 16 * (ptrdiff_t)channels, 1, channels, t, c) << 2;
-}
 
 static FKV_DECL_SCORES_PACKED(scores_packed_ref) {
     (void)next;
@@ -49,7 +19,7 @@ static FKV_DECL_SCORES_PACKED(scores_packed_ref) {
             float sum = base[r];
             for (int w = 0; w < FKV_N_PACKED; w++)
                 for (int c = 0; c < counts[w]; c++, channel += 8 * bits_of[w])
-                    sum += *x++ * (float)key_code(channel, bits_of[w], t);
+                    sum += *x++ * (float)fkv_packed_key(channel, bits_of[w], t);
             s[r * s_stride + t] = add ? s[r * s_stride + t] + sum : sum;
         }
 }
@@ -67,7 +37,7 @@ static FKV_DECL_WEIGH_PACKED(weigh_packed_ref) {
             for (int c = 0; c < counts[w]; c++, at++) {
                 float sum = 0.0f;
                 for (int t = 0; t < tokens; t++)
-                    sum += x[t] * (float)value_code(class, bits_of[w], counts[w], t, c);
+                    sum += x[t] * (float)fkv_packed_value(class, bits_of[w], counts[w], t, c);
                 to[at] += fkv_f16_to_f32(scale[at]) * sum + fkv_f16_to_f32(zero[at]) * total;
             }
     }

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m fkv: what the library is, and work with profiles."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+
+import fkv
+from fkv import capi, models, plot
+
+
+def print_info(args) -> None:
+    with fkv.Context() as context:
+        info = context.info
+    here = pathlib.Path(fkv.__file__).parent
+    facts = {
+        'libfkv': fkv.version(), 'ABI': fkv.abi_version(), 'library': str(here / capi.SONAME),
+        'package': str(here), 'Python': platform.python_version(),
+        'backends': 'cpu, cuda' if info.has_cuda else 'cpu',
+        'CPU level': info.cpu_level.name.lower(),
+        'best CPU level': info.best_cpu_level.name.lower(), 'threads': info.threads,
+    }
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        print(f'{name + ":":16}{value}')
+
+
+def describe(info: fkv.ProfileInfo) -> str:
+    text = (f'{info.coding.name.lower()} profile: {info.n_layers} layers, {info.n_q_heads} query '
+            f'heads, {info.n_kv_heads} KV heads of {info.head_dim}; '
+            f'{info.storage_dtype.name.lower()} storage')
+    if info.coding == fkv.Coding.FOURIER:
+        channels = info.n_layers * info.n_kv_heads * info.head_dim
+        text += (f'\n{info.bins} bins, period {info.period}, {info.n_sink} sinks, {info.n_local} '
+                 f'local tokens; compressed: K {info.k_fourier_channels / channels:.1%}, '
+                 f'V {info.v_fourier_channels / channels:.1%} of the channels')
+    return text
+
+
+def show_profile(args) -> None:
+    with fkv.Context() as context, fkv.Profile.load(context, args.file) as profile:
+        info = profile.info
+        shares = plot.kept_share(profile)
+        if args.png:
+            plot.profile_heat_map(profile, args.png, f'{args.file}: channels held exactly')
+    if args.json:
+        print(json.dumps({'kept': {part: share.tolist() for part, share in shares.items()}}))
+        return
+    print(describe(info))
+    print('\nchannels held exactly, % of head_dim, by KV head')
+    heads = ''.join(f'{head:5}' for head in range(info.n_kv_heads))
+    print(f'layer  K{heads[1:]}   V{heads[1:]}')
+    for layer, (k, v) in enumerate(zip(shares['k'], shares['v'])):
+        print(f'{layer:5}  ' + ''.join(f'{100 * x:5.0f}' for x in k) + '   '
+              + ''.join(f'{100 * x:5.0f}' for x in v))
+    if args.png:
+        print(f'\nwrote {args.png}')
+
+
+def import_profile(args) -> None:
+    text = pathlib.Path(args.file).read_bytes()
+    params = fkv.FourierParams(bins=args.bins, n_sink=args.sinks, n_local=args.local,
+                               period=args.period)
+    with fkv.Context() as context:
+        model = models.model_params(args.model)
+        with fkv.Profile.published(context, model, text, params, args.fraction) as profile:
+            profile.save(args.output)
+            print(describe(profile.info))
+    print(f'wrote {args.output} ({os.path.getsize(args.output)} bytes)')
+
+
+STATS_COLUMNS = ('bytes_exact', 'bytes_kept', 'bytes_coefficients', 'bytes_tables', 'bytes',
+                 'dense_bytes')
+
+
+def print_stats(args) -> None:
+    with fkv.Context() as context, fkv.Profile.load(context, args.file) as profile:
+        rows = [profile.estimate(tokens, args.period) for tokens in args.tokens]
+        info = profile.info
+    if args.json:
+        names = ('tokens', 'tokens_exact', 'tokens_coded', *STATS_COLUMNS, 'ratio')
+        print(json.dumps([{name: getattr(row, name) for name in names} for row in rows], indent=2))
+        return
+    print(describe(info))
+    print('\nMiB of one sequence, all layers; ratio to dense f16\n')
+    print(f'{"tokens":>10}' + ''.join(f'{name.removeprefix("bytes_"):>14}'
+                                      for name in STATS_COLUMNS) + f'{"ratio":>8}')
+    for row in rows:
+        print(f'{row.tokens:10}' + ''.join(f'{getattr(row, name) / 2**20:14.2f}'
+                                           for name in STATS_COLUMNS) + f'{row.ratio:7.2f}x')
+
+
+def token_counts(text: str) -> list[int]:
+    return [int(part) for part in text.split(',')]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m fkv', description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    info = commands.add_parser('info', help='version, backends, CPU level')
+    info.set_defaults(run=print_info)
+
+    profile = commands.add_parser('profile', help='show or import profiles')
+    actions = profile.add_subparsers(dest='action', required=True, metavar='ACTION')
+    show = actions.add_parser('show', help='what a profile holds how')
+    show.add_argument('file', help='a profile (JSON)')
+    show.add_argument('--png', metavar='FILE', help='write a heat map (needs matplotlib)')
+    show.set_defaults(run=show_profile)
+
+    imported = actions.add_parser('import', help='channel lists published with FourierAttention')
+    imported.add_argument('file', metavar='PUBLISHED.json')
+    imported.add_argument('--model', required=True,
+                          help='config.json, its folder, or one of ' + ', '.join(models.PRESETS))
+    imported.add_argument('-o', '--output', required=True, metavar='FILE')
+    imported.add_argument('--fraction', type=float, default=1.0,
+                          help='take only this leading share of each plain list')
+    for name, what in (('bins', 'complex bins'), ('sinks', 'sink tokens'),
+                       ('local', 'local tokens'), ('period', 'period in tokens')):
+        imported.add_argument(f'--{name}', type=int, help=f'{what} (default: the library\'s)')
+    imported.set_defaults(run=import_profile)
+
+    stats = commands.add_parser('stats', help='bytes that a profile takes at given lengths')
+    stats.add_argument('file', help='a profile (JSON)')
+    stats.add_argument('--tokens', type=token_counts, default=[4096, 8192, 32768, 131072],
+                       metavar='N,N,..', help='lengths (default 4096,8192,32768,131072)')
+    stats.add_argument('--period', type=int, default=0, help='period of the sequences')
+    stats.set_defaults(run=print_stats)
+    for command in (info, show, stats):
+        command.add_argument('--json', action='store_true', help='for programs')
+    return parser
+
+
+def main(arguments=None) -> int:
+    args = make_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (fkv.Error, OSError, ValueError, OverflowError, ImportError) as error:
+        print(f'fkv: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python programs in the documentation run, each in a process and a folder of its own."""
+import re
+import subprocess
+import sys
+
+import layouts
+import pytest
+
+PROGRAM = re.compile(r'^```python\n(.*?)^```', re.S | re.M)
+DOCUMENTS = sorted(layouts.ROOT.glob('*.md')) + sorted(layouts.ROOT.glob('docs/*.md'))
+PROGRAMS = [pytest.param(program, id=f'{path.name}-{number}')
+            for path in DOCUMENTS
+            for number, program in enumerate(PROGRAM.findall(path.read_text(encoding='utf-8')), 1)]
+
+
+def test_there_are_programs():
+    assert len(PROGRAMS) >= 4
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_program_runs(program, tmp_path):
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout and not done.stderr, done.stderr
