@@ -388,6 +388,8 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
         coded_unit<MT, H>(blob, scales, v, turned + at * c.fast * H, slow + at * slow_size, b.warp,
                           here, b.lane, r, o);
     }
+    copies_wait(false); /* also of a unit that turned out to be invisible */
+    __syncwarp();
 }
 
 /* ---- ends */
@@ -644,11 +646,6 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
     }
 }
 
-inline int bytes_of(const Arguments &g) {
-    return g.c.group <= 4 ? layout<4>(g.c, g.k_planes, g.k_exacts).bytes
-                          : layout<8>(g.c, g.k_planes, g.k_exacts).bytes;
-}
-
 template <typename T, int MT, int H> cudaError_t launch(const Arguments &g, cudaStream_t stream) {
     const Shared at = layout<H>(g.c, g.k_planes, g.k_exacts);
     static int allowed[64]; /* by device; the attribute may be set twice, that is harmless */
@@ -657,11 +654,6 @@ template <typename T, int MT, int H> cudaError_t launch(const Arguments &g, cuda
     if (e == cudaSuccess && (device >= 64 || allowed[device] < at.bytes)) {
         e = cudaFuncSetAttribute(attend_kernel<T, MT, H>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
-        if (e == cudaSuccess) {
-            e = cudaFuncSetAttribute(attend_kernel<T, MT, H>,
-                                     cudaFuncAttributePreferredSharedMemoryCarveout,
-                                     fkv_cuda_carveout(at.bytes));
-        }
         if (e == cudaSuccess && device < 64) {
             allowed[device] = at.bytes;
         }
@@ -688,9 +680,4 @@ cudaError_t fkv_cuda_attend_launch(const fkv_cuda_cache &c, const fkv_cuda_atten
                     : fkv::by_heads<__nv_bfloat16, 4>(g, stream);
     }
     return half ? fkv::by_heads<__half, 8>(g, stream) : fkv::by_heads<__nv_bfloat16, 8>(g, stream);
-}
-
-int fkv_cuda_attend_shared(const fkv_cuda_cache &c) {
-    const fkv::Arguments g = {c, {}, c.coded ? c.most_k_planes : 0, c.coded ? c.most_k_exacts : 0};
-    return fkv::bytes_of(g);
 }

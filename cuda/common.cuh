@@ -237,15 +237,6 @@ __device__ __forceinline__ float rotated(const fkv_cuda_cache &c, const char *ro
 
 } // namespace fkv
 
-/* Percentage of an SM's memory to be shared memory: for two blocks of attention. Kernels that alternate with it ask
- * for the same, as a multiprocessor must be idle to change it. */
-inline int fkv_cuda_carveout(int bytes) {
-    const int percent = (2 * (bytes + 1024) * 100 + 228 * 1024 - 1) / (228 * 1024);
-    return percent < 100 ? percent : 100;
-}
-/* Shared memory of a block of attention. */
-int fkv_cuda_attend_shared(const fkv_cuda_cache &c);
-
 /* The launchers, one for each file. */
 cudaError_t fkv_cuda_patch_launch(uint64_t patches, int count, cudaStream_t stream);
 cudaError_t fkv_cuda_rope_launch(const fkv_cuda_cache &c, uint64_t positions, int tokens,

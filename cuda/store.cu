@@ -226,12 +226,6 @@ cudaError_t append(const fkv_cuda_cache &c, const fkv_cuda_attend &a, const fkv_
     if (!grid) {
         return cudaSuccess;
     }
-    cudaError_t e =
-        cudaFuncSetAttribute(append_kernel<T>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             fkv_cuda_carveout(fkv_cuda_attend_shared(c)));
-    if (e != cudaSuccess) {
-        return e;
-    }
     if (groups) {
         append_groups_kernel<T>
             <<<dim3(groups, c.n_kv_heads, a.n_rows), 128, 64 * (padded + 8), stream>>>(c, a, k, v);
