@@ -19,7 +19,7 @@ struct options {
     fkv_dtype storage;
     fkv_cpu_level cpu_level;
     uint64_t seed;
-    bool json, check, select;
+    bool json, check, select, cuda, tokens_given;
 };
 
 static const char usage[] =
@@ -44,7 +44,9 @@ static const char usage[] =
     "  --threads N            0: one for each processor (default 0)\n"
     "  --cpu best|reference|avx2|avx512\n"
     "                         instruction set (default best)\n"
-    "  --backend cpu          where to run (default cpu, and no other yet)\n"
+    "  --backend cpu|cuda     where to run (default cpu). cuda: a decode step on a GPU, exact and\n"
+    "                         calibrated; only --tokens, --batch and --json apply, and without\n"
+    "                         --tokens a list of shapes is run\n"
     "  --repeats N            timed calls of each (default 51, for append 5)\n"
     "  --seed N               of the random keys, values and queries (default 1)\n"
     "  --no-check             do not compare outputs with float64 (which takes long for\n"
@@ -109,7 +111,8 @@ static bool set_shape(struct options *o, const char *name, const char *value) {
 
 static bool set_word(struct options *o, const char *name, const char *value) {
     static const struct word ops[] = {{"attend", OP_ATTEND}, {"append", OP_APPEND}, {0}};
-    static const struct word backends[] = {{"cpu", FKV_BACKEND_CPU}, {0}};
+    static const struct word backends[] = {
+        {"cpu", FKV_BACKEND_CPU}, {"cuda", FKV_BACKEND_CUDA}, {0}};
     static const struct word types[] = {
         {"f16", FKV_DTYPE_F16}, {"bf16", FKV_DTYPE_BF16}, {"f32", FKV_DTYPE_F32}, {0}};
     static const struct word levels[] = {{"best", FKV_CPU_BEST},
@@ -120,7 +123,7 @@ static bool set_word(struct options *o, const char *name, const char *value) {
     if (!strcmp(name, "--op"))
         o->op = (enum op)one_of(name, value, ops);
     else if (!strcmp(name, "--backend"))
-        one_of(name, value, backends);
+        o->cuda = one_of(name, value, backends) == FKV_BACKEND_CUDA;
     else if (!strcmp(name, "--storage"))
         o->storage = one_of(name, value, types);
     else if (!strcmp(name, "--cpu"))
@@ -131,9 +134,10 @@ static bool set_word(struct options *o, const char *name, const char *value) {
 }
 
 static bool set_number(struct options *o, const char *name, const char *value) {
-    if (!strcmp(name, "--tokens"))
+    if (!strcmp(name, "--tokens")) {
         o->tokens = integer(name, value, 1, (int64_t)1 << 26);
-    else if (!strcmp(name, "--batch"))
+        o->tokens_given = true;
+    } else if (!strcmp(name, "--batch"))
         o->batch = (int)integer(name, value, 1, 4096);
     else if (!strcmp(name, "--threads"))
         o->threads = (int)integer(name, value, 0, 1024);
@@ -430,6 +434,8 @@ static void print_table(const struct options *o, const fkv_context_info *info, d
 
 int main(int argc, char **argv) {
     struct options o = parse(argc, argv);
+    if (o.cuda)
+        return bench_cuda(o.json, o.batch, o.tokens_given ? o.tokens : 0);
     struct bench_random r = {o.seed};
     struct bench_model models[2];
     struct bench_variant v[2];

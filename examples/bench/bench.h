@@ -106,4 +106,9 @@ void bench_variant_free(struct bench_variant *variant);
 /* Attends with a set and compares some heads with float64 attention over what the set holds. */
 void bench_variant_check(struct bench_variant *variant, int set, struct bench_random *r);
 
+/* ---- cuda.c */
+
+/* All shapes, or one if tokens is not 0. The program's exit status. */
+int bench_cuda(bool json, int batch, int64_t tokens);
+
 #endif /* FKV_BENCH_H */

@@ -43,6 +43,10 @@
  *       On one cache attends of different plans may run at the same time; append, and creating, forking,
  *       cropping and freeing sequences, are writers: a writer beside anything else gives FKV_ERR_BUSY,
  *       never a race.
+ *   CUDA. With FKV_BACKEND_CUDA tensors are memory of the context's device, and the calls of a step only
+ *       launch work on its stream: outputs are there, and inputs may be reused, for what is later on that
+ *       stream, or after fkv_context_synchronize(). Values that are not finite are not refused but spoil
+ *       outputs of their own sequence and KV head. What is not supported there says so: docs/cuda.md.
  *   Numbers. Same build, same instruction set, same inputs: same bits, for any number of threads, any
  *       batch and any split of the appends (docs/numerics.md).
  */
@@ -269,6 +273,20 @@ typedef struct fkv_context_params {
     char *message;
     /** Bytes at message. */
     uint64_t message_bytes;
+    /** CUDA: number of the device. Since 0.1. */
+    int32_t device_id;
+    /** Zero. */
+    int32_t reserved;
+    /**
+     * CUDA: the module's file. NULL: that of the environment variable FKV_CUDA_MODULE (an absolute path), or
+     * else libfkv-cuda.so.0 in fkv/ beside libfkv.so, or where the system looks. docs/cuda.md.
+     */
+    const char *module_path;
+    /**
+     * CUDA: the cudaStream_t on which everything runs, of that device; NULL is the default stream. Borrowed:
+     * it must live until fkv_context_set_stream() replaces it or the context's last object is gone.
+     */
+    void *stream;
 } fkv_context_params;
 
 /** What a context is and holds. Written by fkv_context_query(). Since 0.1. */
@@ -295,8 +313,9 @@ typedef struct fkv_context_info {
 FKV_API fkv_status fkv_context_params_init(fkv_context_params *params, size_t struct_size);
 /**
  * Makes a context. `params` may be NULL for the defaults. On success *out is the caller's, to be freed
- * with fkv_context_destroy(); on error *out is NULL and params->message says why.
- * Errors: INVALID, UNSUPPORTED, NOMEM, LIMIT, DEVICE. Since 0.1.
+ * with fkv_context_destroy(); on error *out is NULL and params->message says why: also which of module,
+ * driver and device is missing for the CUDA backend.
+ * Errors: INVALID, UNSUPPORTED (also: no module), VERSION (of the module), NOMEM, LIMIT, DEVICE. Since 0.1.
  */
 FKV_API fkv_status fkv_context_create(const fkv_context_params *params, fkv_context **out);
 /**
@@ -313,6 +332,18 @@ FKV_API fkv_status fkv_context_query(fkv_context *ctx, fkv_context_info *info);
  */
 FKV_API fkv_status fkv_context_message(fkv_context *ctx, char *buffer, size_t bytes,
                                        size_t *needed);
+
+/**
+ * CUDA: all that follows runs on `stream`, a cudaStream_t of the context's device. Waits for what was
+ * launched so far. No other call may run on the context's objects meanwhile.
+ * Errors: HANDLE, UNSUPPORTED (the CPU has no streams), DEVICE. Since 0.1.
+ */
+FKV_API fkv_status fkv_context_set_stream(fkv_context *ctx, void *stream);
+/**
+ * Waits until everything launched by the context's objects is done. Does nothing on the CPU.
+ * Errors: HANDLE, DEVICE (a kernel failed). Since 0.1.
+ */
+FKV_API fkv_status fkv_context_synchronize(fkv_context *ctx);
 
 /* ------------------------------------------------------------------------------------------------ */
 /* Model and profile                                                                                */
@@ -1175,6 +1206,13 @@ FKV_API fkv_status fkv_plan_select(fkv_plan *plan, const fkv_select_params *para
  */
 FKV_API fkv_status fkv_plan_selection(fkv_plan *plan, int32_t index, fkv_selection *selection,
                                       int64_t *spans, size_t count);
+/**
+ * CUDA: tells that a graph, into which the step's calls of all layers were captured, has been launched once
+ * more (docs/cuda.md). During a capture the calls only record; the cache's books follow here, and blocks that
+ * became full are coded. Errors: HANDLE, STATE (a layer has had this step), UNSUPPORTED, DEVICE, BUSY.
+ * Since 0.1.
+ */
+FKV_API fkv_status fkv_plan_replayed(fkv_plan *plan);
 /** Ends the handle. Errors: HANDLE, BUSY. Since 0.1. */
 FKV_API fkv_status fkv_plan_destroy(fkv_plan *plan);
 /**

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "attend/plan.h"
+#include "device/device.h"
 
 fkv_status fkv_cache_params_init(fkv_cache_params *params, size_t struct_size) {
     const fkv_cache_params defaults = {.struct_size = sizeof defaults};
@@ -288,6 +289,11 @@ static fkv_status read_sequence(struct fkv_cache_object *c, fkv_sequence sequenc
             if (status != FKV_OK)
                 return status;
         }
+    for (int part = 0; c->device && part < 2; part++)
+        if (tensors[part] && status == FKV_OK)
+            status = fkv_device_read(c, seq, layer, part, first, count, &views[part]);
+    if (c->device)
+        return status;
     const size_t bytes = fkv_read_scratch(seq);
     double *scratch = bytes ? fkv_heap_alloc(&c->ctx->heap, bytes) : NULL;
     if (bytes && !scratch)

@@ -45,8 +45,10 @@ fkv_status fkv_calibrator_create(fkv_context *ctx, const fkv_model_params *model
     struct fkv_ctx *c = fkv_handle_acquire(FKV_KIND_CONTEXT, ctx);
     if (!c)
         return FKV_ERR_HANDLE;
-    fkv_status status =
-        out ? create(c, model, params, out) : fkv_fail(c, FKV_ERR_INVALID, "out is NULL");
+    fkv_status status = c->cuda
+                            ? fkv_fail(c, FKV_ERR_UNSUPPORTED, "calibrators are of the CPU backend")
+                        : out ? create(c, model, params, out)
+                              : fkv_fail(c, FKV_ERR_INVALID, "out is NULL");
     fkv_handle_release(ctx);
     return status;
 }

@@ -1,7 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "core/core.h"
 
+#include "backend_cuda.h"
+
 #include <string.h>
+
+#ifndef FKV_HAVE_CUDA
+#define FKV_HAVE_CUDA 0
+#endif
 
 #define TEXT_OF(x) #x
 #define VERSION_TEXT(major, minor, patch) TEXT_OF(major) "." TEXT_OF(minor) "." TEXT_OF(patch)
@@ -71,7 +77,8 @@ fkv_status fkv_tensor_init(fkv_tensor *tensor, void *data, fkv_dtype dtype, int3
 
 fkv_status fkv_context_params_init(fkv_context_params *params, size_t struct_size) {
     const fkv_context_params defaults = {.struct_size = sizeof defaults};
-    return fkv_params_init(params, struct_size, sizeof defaults, &defaults, sizeof defaults);
+    return fkv_params_init(params, struct_size, offsetof(fkv_context_params, device_id), &defaults,
+                           sizeof defaults);
 }
 
 fkv_status fkv_context_create(const fkv_context_params *params, fkv_context **out) {
@@ -118,7 +125,7 @@ fkv_status fkv_context_query(fkv_context *handle, fkv_context_info *info) {
         .live_bytes = atomic_load(&ctx->heap.live),
         .peak_bytes = atomic_load(&ctx->heap.peak),
         .best_cpu_level = ctx->best_cpu_level,
-        .has_cuda = 0,
+        .has_cuda = FKV_HAVE_CUDA,
     };
     /* an allocation is counted as live a moment before it raises the peak */
     filled.peak_bytes =
@@ -153,4 +160,46 @@ fkv_status fkv_context_message(fkv_context *handle, char *buffer, size_t bytes, 
         buffer[n - 1] = '\0';
     }
     return n == length ? FKV_OK : FKV_ERR_BUFFER;
+}
+
+/* The context, if it is one of the CUDA backend. */
+static fkv_status enter_cuda(fkv_context *handle, struct fkv_ctx **ctx) {
+    *ctx = fkv_handle_acquire(FKV_KIND_CONTEXT, handle);
+    if (!*ctx) {
+        return FKV_ERR_HANDLE;
+    }
+    if ((*ctx)->cuda) {
+        return FKV_OK;
+    }
+    fkv_status status = fkv_fail(*ctx, FKV_ERR_UNSUPPORTED, "the CPU backend has no streams");
+    fkv_handle_release(handle);
+    return status;
+}
+
+fkv_status fkv_context_set_stream(fkv_context *handle, void *stream) {
+    struct fkv_ctx *ctx;
+    fkv_status status = enter_cuda(handle, &ctx);
+    if (status != FKV_OK) {
+        return status;
+    }
+    int error = stream == ctx->stream ? 0 : ctx->cuda->synchronize(ctx->device, ctx->stream);
+    if (error) {
+        status = fkv_fail(ctx, FKV_ERR_DEVICE, "the stream so far: %s", ctx->cuda->text(error));
+    } else {
+        ctx->stream = stream;
+    }
+    fkv_handle_release(handle);
+    return status;
+}
+
+fkv_status fkv_context_synchronize(fkv_context *handle) {
+    struct fkv_ctx *ctx = fkv_handle_acquire(FKV_KIND_CONTEXT, handle);
+    if (!ctx) {
+        return FKV_ERR_HANDLE;
+    }
+    int error = ctx->cuda ? ctx->cuda->synchronize(ctx->device, ctx->stream) : 0;
+    fkv_status status =
+        error ? fkv_fail(ctx, FKV_ERR_DEVICE, "stream: %s", ctx->cuda->text(error)) : FKV_OK;
+    fkv_handle_release(handle);
+    return status;
 }

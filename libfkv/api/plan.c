@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "attend/longcache.h"
+#include "device/device.h"
 
 fkv_status fkv_batch_init(fkv_batch *batch, size_t struct_size) {
     const fkv_batch defaults = {.struct_size = sizeof defaults};
@@ -44,6 +45,7 @@ static fkv_status enter(fkv_plan *handle, bool writing, struct fkv_plan_object *
     if (!p)
         return FKV_ERR_HANDLE;
     fkv_status status = FKV_OK;
+    writing = writing || p->ctx->cuda; /* even a plan's update moves pages there */
     if (!atomic_compare_exchange_strong(&p->busy, &idle, 1)) {
         status = fkv_fail(p->ctx, FKV_ERR_BUSY, "another thread is using the plan");
         fkv_handle_release(handle);
@@ -67,7 +69,7 @@ static fkv_status enter(fkv_plan *handle, bool writing, struct fkv_plan_object *
 
 static fkv_status leave(fkv_plan *handle, struct fkv_plan_object *plan, bool writing,
                         fkv_status status) {
-    if (writing)
+    if (writing || plan->ctx->cuda)
         fkv_cache_write_unlock(plan->cache);
     else
         fkv_cache_read_unlock(plan->cache);
@@ -188,7 +190,10 @@ fkv_status fkv_attend(fkv_plan *plan, int32_t layer, const fkv_tensor *q, const 
     if (status == FKV_OK && p->longcache && p->tokens && !appended)
         status = fkv_fail(p->ctx, FKV_ERR_STATE,
                           "attention with selection needs the step's tokens: append them first");
-    if (status == FKV_OK)
+    if (status == FKV_OK && p->cache->device)
+        status =
+            fkv_device_attend(p, layer, &views.q, &views.out, lse ? &views.lse : NULL, appended);
+    else if (status == FKV_OK)
         (p->longcache ? p->ctx->ops->attend_selected : p->ctx->ops->attend)(
             p, layer, &views.q, &views.out, lse ? &views.lse : NULL);
     return leave(plan, p, false, status);
@@ -241,7 +246,7 @@ fkv_status fkv_plan_select(fkv_plan *plan, const fkv_select_params *params) {
         status = read_select(p->ctx, params, &own);
     if (status == FKV_OK && params &&
         (profile->coding != FKV_CODING_CALIBRATED ||
-         profile->codec.domain != FKV_DOMAIN_UNROTATED || !p->ctx->ops->attend_selected))
+         profile->codec.domain != FKV_DOMAIN_UNROTATED || p->cache->device))
         status = fkv_fail(p->ctx, FKV_ERR_UNSUPPORTED,
                           "selection needs a calibrated profile whose keys are held unrotated");
     if (status == FKV_OK) {
@@ -293,6 +298,21 @@ fkv_status fkv_plan_selection(fkv_plan *plan, int32_t index, fkv_selection *sele
     return leave(plan, p, false, status);
 }
 
+fkv_status fkv_plan_replayed(fkv_plan *plan) {
+    struct fkv_plan_object *p;
+    bool appended;
+    fkv_status status = enter(plan, true, &p);
+    if (status != FKV_OK)
+        return status;
+    if (!p->cache->device)
+        status = fkv_fail(p->ctx, FKV_ERR_UNSUPPORTED, "the CPU backend has no graphs");
+    for (int l = 0; status == FKV_OK && l < p->cache->profile->model.n_layers; l++)
+        status = fkv_plan_check(p, l, true, &appended);
+    if (status == FKV_OK)
+        status = fkv_device_replayed(p);
+    return leave(plan, p, true, status);
+}
+
 static fkv_status merge(struct fkv_ctx *ctx, const fkv_tensor *out_a, const fkv_tensor *lse_a,
                         const fkv_tensor *out_b, const fkv_tensor *lse_b) {
     if (!out_a || out_a->struct_size < sizeof *out_a || out_a->ndim != 3)
@@ -316,7 +336,8 @@ fkv_status fkv_merge(fkv_context *ctx, const fkv_tensor *out_a, const fkv_tensor
     struct fkv_ctx *c = fkv_handle_acquire(FKV_KIND_CONTEXT, ctx);
     if (!c)
         return FKV_ERR_HANDLE;
-    fkv_status status = merge(c, out_a, lse_a, out_b, lse_b);
+    fkv_status status = c->cuda ? fkv_fail(c, FKV_ERR_UNSUPPORTED, "the CUDA backend has no merge")
+                                : merge(c, out_a, lse_a, out_b, lse_b);
     fkv_handle_release(ctx);
     return status;
 }

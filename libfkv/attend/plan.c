@@ -2,6 +2,7 @@
 #include "attend/attend.h"
 #include "attend/longcache.h"
 #include "codec/rope.h"
+#include "device/device.h"
 
 #include <math.h>
 #include <string.h>
@@ -44,6 +45,7 @@ static void free_contents(struct fkv_plan_object *plan) {
 
 void fkv_plan_free(struct fkv_plan_object *plan) {
     struct fkv_cache_object *cache = plan->cache;
+    fkv_device_plan_end(plan);
     free_contents(plan);
     fkv_plan_free_turns(plan);
     fkv_heap_free(&plan->ctx->heap, plan, sizeof *plan);
@@ -264,15 +266,18 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     next.selecting = plan->selecting;
     next.select = plan->select;
     fkv_status status = set_rows(&next, batch);
-    if (status == FKV_OK)
+    const bool device = plan->cache->device != NULL;
+    if (device && status == FKV_OK)
+        status = fkv_device_plan_set(plan, &next, batch);
+    if (!device && status == FKV_OK)
         status = set_rope(&next, batch);
-    if (status == FKV_OK) {
+    if (!device && status == FKV_OK) {
         size_workspace(&next);
         status = take_workspace(&next, plan);
     }
-    if (status == FKV_OK)
+    if (!device && status == FKV_OK)
         status = fkv_longcache_set(&next, plan);
-    if (status == FKV_OK)
+    if (!device && status == FKV_OK)
         status = fkv_plan_set_turns(plan, &next);
     if (status != FKV_OK) {
         leave_shared(&next.work, &plan->work);
@@ -291,7 +296,7 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     plan->positions = next.positions;
     plan->work = next.work;
     plan->longcache = next.longcache;
-    return FKV_OK;
+    return device ? fkv_device_plan_finish(plan) : FKV_OK;
 }
 
 /* ---- the calls of a step */
@@ -321,7 +326,7 @@ fkv_status fkv_plan_check_finite(struct fkv_plan_object *plan, const char *name,
                                  const struct fkv_view *x, int heads) {
     const int D = plan->cache->profile->model.head_dim;
     const size_t size = fkv_dtype_size(x->dtype);
-    if (plan->ctx->flags & FKV_CONTEXT_PROPAGATE_NONFINITE)
+    if (plan->ctx->cuda || plan->ctx->flags & FKV_CONTEXT_PROPAGATE_NONFINITE)
         return FKV_OK;
     for (int64_t t = 0; t < plan->tokens; t++)
         for (int h = 0; h < heads; h++) {
@@ -369,6 +374,8 @@ fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct
                            const struct fkv_view *out, const struct fkv_view *lse) {
     const struct fkv_backend_ops *ops = plan->ctx->ops;
     struct fkv_cache_object *cache = plan->cache;
+    if (cache->device)
+        return fkv_device_append(plan, layer, q, k, v, out, lse);
     fkv_status status = make_room(plan, layer);
     if (status != FKV_OK)
         return status;

@@ -54,6 +54,7 @@ struct fkv_turns {
     int64_t tiles, slots;
     int64_t shift;
 };
+struct fkv_device_plan;
 
 struct fkv_plan_object {
     _Atomic int busy;
@@ -72,6 +73,7 @@ struct fkv_plan_object {
     bool selecting;
     fkv_select_params select;
     struct fkv_longcache *longcache;
+    struct fkv_device_plan *device; /* of the CUDA backend */
 };
 
 fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object **out);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "cache/cache.h"
+#include "device/device.h"
 
 #include <string.h>
 
@@ -113,7 +114,13 @@ fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile
     cache->account.bytes[FKV_CLASS_TABLES] = sizeof *cache;
     fkv_ctx_ref(ctx);
     fkv_profile_ref(profile);
-    if (profile->coding != FKV_CODING_EXACT) {
+    if (ctx->cuda) {
+        fkv_status status = fkv_device_cache_new(cache);
+        if (status != FKV_OK) {
+            fkv_cache_unref(cache);
+            return status;
+        }
+    } else if (profile->coding != FKV_CODING_EXACT) {
         cache->layouts = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layouts_bytes(profile));
         if (!cache->layouts) {
             fkv_status status = fkv_cache_refused(cache);
@@ -147,6 +154,8 @@ void fkv_cache_clear(struct fkv_cache_object *cache) {
             fkv_seq_delete(cache, cache->seqs[i]);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, cache->seqs,
                    (size_t)cache->n_slots * sizeof *cache->seqs);
+    if (cache->device)
+        fkv_device_cache_free(cache);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, cache->layouts, layouts_bytes(cache->profile));
     cache->seqs = NULL;
     cache->n_slots = 0;
@@ -252,12 +261,21 @@ static fkv_status make_seq(struct fkv_cache_object *cache, int64_t period,
     seq->layers = (struct fkv_layer *)(void *)(seq + 1);
     seq->shared = shared;
     seq->period = period;
+    if (cache->device) {
+        fkv_status status = fkv_device_seq_new(cache, seq);
+        if (status != FKV_OK)
+            fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, seq, bytes);
+        return status;
+    }
     return FKV_OK;
 }
 
 static void free_seq(struct fkv_cache_object *cache, struct fkv_seq *seq) {
+    if (cache->device)
+        fkv_device_seq_free(cache, seq);
     for (int l = 0; l < cache->profile->model.n_layers; l++)
-        fkv_layer_free(cache, seq, l);
+        if (!cache->device)
+            fkv_layer_free(cache, seq, l);
     unshare_spectrum(cache, seq->shared);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, seq, fkv_seq_base_bytes(cache->profile));
 }
@@ -294,7 +312,9 @@ fkv_status fkv_seq_fork(struct fkv_cache_object *cache, const struct fkv_seq *pa
     fkv_status status = make_seq(cache, parent->period, parent->shared, &seq);
     if (status != FKV_OK)
         return status;
-    for (int l = 0; status == FKV_OK && l < cache->profile->model.n_layers; l++)
+    if (cache->device)
+        status = fkv_device_seq_fork(cache, parent, seq);
+    for (int l = 0; !cache->device && status == FKV_OK && l < cache->profile->model.n_layers; l++)
         status = fkv_layer_fork(cache, parent, seq, l);
     if (status == FKV_OK)
         return enter_seq(cache, seq, id);
@@ -349,6 +369,9 @@ int64_t fkv_seq_crop_floor(const struct fkv_cache_object *cache, const struct fk
 
 void fkv_seq_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, int64_t tokens) {
     for (int l = 0; l < cache->profile->model.n_layers; l++)
-        fkv_layer_crop(cache, seq, l, tokens);
+        if (cache->device)
+            fkv_device_layer_crop(cache, seq, l, tokens);
+        else
+            fkv_layer_crop(cache, seq, l, tokens);
     seq->crops++;
 }

@@ -82,13 +82,17 @@ struct fkv_layer {
     void **old_place;
 };
 
+struct fkv_device_cache;
+struct fkv_device_seq;
+
 struct fkv_seq {
     int64_t id;
     int64_t period;
     uint64_t crops;                     /* so many: plans from before one are outdated */
     struct fkv_shared_spectrum *shared; /* NULL for exact profiles */
     struct fkv_account account;         /* all that it holds, shared or not */
-    struct fkv_layer *layers;
+    struct fkv_layer *layers;      /* on the CUDA backend only the numbers of tokens and tiles */
+    struct fkv_device_seq *device; /* CUDA: its pages */
 };
 
 /* A spectrum in use by `users` sequences. */
@@ -141,7 +145,8 @@ struct fkv_cache_object {
     struct fkv_account account;       /* everything, once */
     struct fkv_layer_layout *layouts; /* [n_layers]; NULL for exact profiles */
     struct fkv_shared_spectrum *spectra;
-    struct fkv_seq **seqs; /* slots */
+    struct fkv_device_cache *device; /* of the CUDA backend, else NULL */
+    struct fkv_seq **seqs;           /* slots */
     int64_t n_slots;
     int64_t next_id;
 };

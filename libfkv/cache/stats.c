@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "cache/cache.h"
+#include "device/device.h"
 
 static void finish(const struct fkv_profile_object *profile, const struct fkv_account *account,
                    fkv_stats *stats) {
@@ -31,7 +32,10 @@ void fkv_cache_count(struct fkv_cache_object *cache, const struct fkv_seq *seq, 
     if (seq) {
         add_sequence(cache, seq, stats);
         /* who else holds a page is known to the page alone */
-        for (int l = 0; cache->bytes_shared && l < cache->profile->model.n_layers; l++)
+        if (cache->device)
+            stats->bytes_shared = fkv_device_shared_bytes(cache, seq);
+        for (int l = 0; !cache->device && cache->bytes_shared && l < cache->profile->model.n_layers;
+             l++)
             stats->bytes_shared += fkv_layer_shared_bytes(cache, seq, l);
     } else {
         for (int64_t i = 0; i < cache->n_slots; i++)

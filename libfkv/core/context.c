@@ -10,6 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
+/* Size of fkv_context_params in the first release. */
+#define FIRST_PARAMS offsetof(fkv_context_params, device_id)
 #define DEFAULT_MAX_TOKENS (UINT64_C(1) << 26)
 #define MAX_MAX_TOKENS (UINT64_C(1) << 31) /* positions are below 2^31 */
 #define DEFAULT_MAX_FILE_BYTES (UINT64_C(64) << 20)
@@ -61,10 +63,14 @@ void fkv_ctx_message(struct fkv_ctx *ctx, char text[512]) {
 
 static fkv_status check_backend(struct fkv_ctx *ctx, const fkv_context_params *p) {
     ctx->backend = p->backend;
-    if (p->backend == FKV_BACKEND_CUDA) {
-        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "this build has no CUDA backend");
+    if (p->backend == FKV_BACKEND_CPU && (p->device_id || p->module_path || p->stream)) {
+        return fkv_fail(ctx, FKV_ERR_INVALID,
+                        "device_id, module_path and stream are of the CUDA backend");
     }
-    if (p->backend != FKV_BACKEND_CPU) {
+    if (p->reserved) {
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "params.reserved is not zero");
+    }
+    if (p->backend != FKV_BACKEND_CPU && p->backend != FKV_BACKEND_CUDA) {
         return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "unknown backend %d", (int)p->backend);
     }
     ctx->best_cpu_level = fkv_cpu_best_level();
@@ -83,6 +89,18 @@ static fkv_status check_backend(struct fkv_ctx *ctx, const fkv_context_params *p
                         (unsigned long long)p->flags);
     }
     return FKV_OK;
+}
+
+static fkv_status open_backend(struct fkv_ctx *ctx, const fkv_context_params *p) {
+    if (p->backend != FKV_BACKEND_CUDA) {
+        return FKV_OK;
+    }
+    fkv_status status = fkv_module_load(ctx, p->module_path);
+    if (status == FKV_OK) {
+        status = fkv_module_open_device(ctx, p->device_id);
+    }
+    ctx->stream = p->stream;
+    return status;
 }
 
 static fkv_status check_limits(struct fkv_ctx *ctx, const fkv_context_params *p) {
@@ -161,13 +179,17 @@ fkv_status fkv_ctx_create(const fkv_context_params *params, struct fkv_ctx **out
     fkv_context_params p = {.struct_size = sizeof p};
     memset(&description, 0, sizeof description);
     fkv_status status =
-        params ? fkv_params_read(&description, "params", params, sizeof p, &p, sizeof p) : FKV_OK;
+        params ? fkv_params_read(&description, "params", params, FIRST_PARAMS, &p, sizeof p)
+               : FKV_OK;
     bool can_report = status != FKV_ERR_INVALID; /* else the struct may not reach to `message` */
     if (status == FKV_OK) {
         status = check_backend(&description, &p);
     }
     if (status == FKV_OK) {
         status = check_limits(&description, &p);
+    }
+    if (status == FKV_OK) {
+        status = open_backend(&description, &p);
     }
     if (status == FKV_OK) {
         status = build(&description, out);

@@ -15,6 +15,7 @@
 
 struct fkv_kernels;
 struct fkv_backend_ops;
+struct fkv_cuda_ops;
 struct fkv_pool;
 
 /* ---- memory.c: every byte of cached data and workspace passes here, so that the count is the truth */
@@ -73,6 +74,10 @@ struct fkv_ctx {
     const struct fkv_backend_ops *ops;
     struct fkv_kernels *kernels;
     struct fkv_pool *pool;
+    /* of the CUDA backend; cuda is NULL for the CPU's */
+    const struct fkv_cuda_ops *cuda;
+    int device, multiprocessors;
+    void *stream;
     _Atomic int message_lock; /* spin: only a short copy is done under it */
     char message[512];
 };
@@ -89,6 +94,11 @@ fkv_status fkv_fail_memory(struct fkv_ctx *ctx, size_t bytes, const char *what);
 void fkv_ctx_message(struct fkv_ctx *ctx, char text[512]);
 /* Puts the reason why there is no context into params->message. */
 void fkv_ctx_report(const fkv_context_params *params, const char *text);
+
+/* ---- module.c: the CUDA backend's module and its device, into ctx->cuda */
+
+fkv_status fkv_module_load(struct fkv_ctx *ctx, const char *path);
+fkv_status fkv_module_open_device(struct fkv_ctx *ctx, int device);
 
 /* ---- handle.c: a process-wide table turns opaque handles into objects without touching the handle */
 

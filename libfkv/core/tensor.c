@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "core/core.h"
 
+#include "backend_cuda.h"
+
 #include <string.h>
 
 size_t fkv_dtype_size(fkv_dtype dtype) {
@@ -15,6 +17,24 @@ size_t fkv_dtype_size(fkv_dtype dtype) {
     }
 }
 
+/* That the memory is the context's device's, as far as the driver knows it. */
+static fkv_status check_place(struct fkv_ctx *ctx, const char *name, const fkv_tensor *t) {
+    int yes = 1;
+    if (t->device != FKV_DEVICE_CUDA || t->device_id != ctx->device) {
+        return fkv_fail(ctx, FKV_ERR_INVALID,
+                        "%s: device %d, %d; the context's is FKV_DEVICE_CUDA, %d", name,
+                        (int)t->device, (int)t->device_id, ctx->device);
+    }
+    if (t->reserved != 0) {
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "%s: reserved is not 0", name);
+    }
+    if (t->data && !ctx->cuda->owns(ctx->device, (uint64_t)(uintptr_t)t->data, &yes) && !yes) {
+        return fkv_fail(ctx, FKV_ERR_INVALID, "%s: data is no memory of CUDA device %d", name,
+                        ctx->device);
+    }
+    return FKV_OK;
+}
+
 static fkv_status check_type(struct fkv_ctx *ctx, const char *name, const fkv_tensor *t,
                              bool only_f32) {
     if (t->dtype == FKV_DTYPE_NONE) {
@@ -25,6 +45,9 @@ static fkv_status check_type(struct fkv_ctx *ctx, const char *name, const fkv_te
     }
     if (only_f32 && t->dtype != FKV_DTYPE_F32) {
         return fkv_fail(ctx, FKV_ERR_INVALID, "%s: must be f32", name);
+    }
+    if (ctx && ctx->cuda) {
+        return check_place(ctx, name, t);
     }
     if (t->device != FKV_DEVICE_CPU) {
         return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "%s: device %d is not that of the context", name,

@@ -24,7 +24,7 @@ FIELD(fkv_tensor, reserved, 36, 4);
 FIELD(fkv_tensor, shape, 40, 32);
 FIELD(fkv_tensor, strides, 72, 32);
 
-SIZE(fkv_context_params, 88);
+SIZE(fkv_context_params, 112);
 FIELD(fkv_context_params, struct_size, 0, 4);
 FIELD(fkv_context_params, backend, 4, 4);
 FIELD(fkv_context_params, threads, 8, 4);
@@ -38,6 +38,10 @@ FIELD(fkv_context_params, max_tokens, 56, 8);
 FIELD(fkv_context_params, max_file_bytes, 64, 8);
 FIELD(fkv_context_params, message, 72, 8);
 FIELD(fkv_context_params, message_bytes, 80, 8);
+FIELD(fkv_context_params, device_id, 88, 4);
+FIELD(fkv_context_params, reserved, 92, 4);
+FIELD(fkv_context_params, module_path, 96, 8);
+FIELD(fkv_context_params, stream, 104, 8);
 
 SIZE(fkv_context_info, 40);
 FIELD(fkv_context_info, struct_size, 0, 4);
@@ -169,6 +173,7 @@ FIELD(fkv_stats, bytes_scales, 112, 8);
 
 SIZE(fkv_batch, 40);
 FIELD(fkv_batch, struct_size, 0, 4);
+
 FIELD(fkv_batch, count, 4, 4);
 FIELD(fkv_batch, sequences, 8, 8);
 FIELD(fkv_batch, n_new, 16, 8);

@@ -104,6 +104,15 @@ class Context(Handle):
         """The text of the last error of this context, in any thread."""
         return errors.message_of(self._pointer)
 
+    def set_stream(self, stream: Any) -> None:
+        """CUDA: the stream (its address, as torch's `stream.cuda_stream` tells it) of later calls."""
+        pointer = ffi.cast('void *', stream) if isinstance(stream, int) else stream
+        self._check(lib.fkv_context_set_stream(self._pointer, pointer))
+
+    def synchronize(self) -> None:
+        """Waits for what was asked of the device so far; at once on the CPU."""
+        self._check(lib.fkv_context_synchronize(self._pointer))
+
     def merge(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> None:
         """Merges attention over disjoint sets of tokens into out_a and lse_a, in place.
 

@@ -236,6 +236,9 @@ class ContextParams:
         'max_bytes': 'number',
         'max_tokens': 'number',
         'max_file_bytes': 'number',
+        'device_id': 'number',
+        'module_path': 'text',
+        'stream': 'address',
     }
     backend: Optional[Backend] = None
     """fkv_backend_code."""
@@ -257,6 +260,18 @@ class ContextParams:
     """Tokens of one sequence. 0: 2^26."""
     max_file_bytes: Optional[int] = None
     """Size of a file or text to be parsed. 0: 64 MiB."""
+    device_id: Optional[int] = None
+    """CUDA: number of the device. Since 0.1."""
+    module_path: Optional[str] = None
+    """CUDA: the module's file. NULL: that of the environment variable FKV_CUDA_MODULE (an absolute
+    path), or else libfkv-cuda.so.0 in fkv/ beside libfkv.so, or where the system looks.
+    docs/cuda.md.
+    """
+    stream: Optional[Any] = None
+    """CUDA: the cudaStream_t on which everything runs, of that device; NULL is the default stream.
+    Borrowed: it must live until fkv_context_set_stream() replaces it or the context's last
+    object is gone.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -232,6 +232,10 @@ class Plan(Handle):
                                                ffi.from_buffer('int64_t[]', spans), spans.size))
         return from_c(Selection, struct), spans
 
+    def replayed(self) -> None:
+        """CUDA: tells that a graph with the step's calls of all layers was launched once more."""
+        self._check(lib.fkv_plan_replayed(self._pointer))
+
     def append(self, layer: int, k: Any, v: Any) -> None:
         """Stores the step's new tokens of one layer: k, v [tokens, Hk, D], before RoPE."""
         k_view = View(k)

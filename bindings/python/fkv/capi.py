@@ -170,6 +170,10 @@ class fkv_context_params(Structure):
         ('max_file_bytes', c_uint64),
         ('message', POINTER(c_char)),
         ('message_bytes', c_uint64),
+        ('device_id', c_int32),
+        ('reserved', c_int32),
+        ('module_path', c_char_p),
+        ('stream', c_void_p),
     ]
 
 
@@ -422,6 +426,8 @@ PROTOTYPES = {
     'fkv_context_query': (c_int32, [POINTER(fkv_context), POINTER(fkv_context_info)]),
     'fkv_context_message': (c_int32, [POINTER(fkv_context), POINTER(c_char), c_size_t,
         POINTER(c_size_t)]),
+    'fkv_context_set_stream': (c_int32, [POINTER(fkv_context), c_void_p]),
+    'fkv_context_synchronize': (c_int32, [POINTER(fkv_context)]),
     'fkv_model_params_init': (c_int32, [POINTER(fkv_model_params), c_size_t]),
     'fkv_fourier_params_init': (c_int32, [POINTER(fkv_fourier_params), c_size_t]),
     'fkv_codec_params_init': (c_int32, [POINTER(fkv_codec_params), c_size_t]),
@@ -509,6 +515,7 @@ PROTOTYPES = {
     'fkv_plan_select': (c_int32, [POINTER(fkv_plan), POINTER(fkv_select_params)]),
     'fkv_plan_selection': (c_int32, [POINTER(fkv_plan), c_int32, POINTER(fkv_selection),
         POINTER(c_int64), c_size_t]),
+    'fkv_plan_replayed': (c_int32, [POINTER(fkv_plan)]),
     'fkv_plan_destroy': (c_int32, [POINTER(fkv_plan)]),
     'fkv_merge': (c_int32, [POINTER(fkv_context), POINTER(fkv_tensor), POINTER(fkv_tensor),
         POINTER(fkv_tensor), POINTER(fkv_tensor)]),

@@ -157,6 +157,20 @@ class fkv_context_params(ctypes.Structure):
     """Receives the reason if creation fails (there is no context to ask); may be NULL."""
     message_bytes: int
     """Bytes at message."""
+    device_id: int
+    """CUDA: number of the device. Since 0.1."""
+    reserved: int
+    """Zero."""
+    module_path: bytes | None
+    """CUDA: the module's file. NULL: that of the environment variable FKV_CUDA_MODULE (an absolute
+    path), or else libfkv-cuda.so.0 in fkv/ beside libfkv.so, or where the system looks.
+    docs/cuda.md.
+    """
+    stream: Any
+    """CUDA: the cudaStream_t on which everything runs, of that device; NULL is the default stream.
+    Borrowed: it must live until fkv_context_set_stream() replaces it or the context's last
+    object is gone.
+    """
 
 
 class fkv_context_info(ctypes.Structure):
@@ -531,7 +545,9 @@ class Library(ctypes.CDLL):
     def fkv_context_create(self, params: Any, out: Any) -> int:
         """Makes a context. `params` may be NULL for the defaults. On success *out is the caller's,
         to be freed with fkv_context_destroy(); on error *out is NULL and params->message says
-        why. Errors: INVALID, UNSUPPORTED, NOMEM, LIMIT, DEVICE. Since 0.1.
+        why: also which of module, driver and device is missing for the CUDA backend. Errors:
+        INVALID, UNSUPPORTED (also: no module), VERSION (of the module), NOMEM, LIMIT, DEVICE.
+        Since 0.1.
         """
         ...
     def fkv_context_destroy(self, ctx: Any) -> int:
@@ -549,6 +565,17 @@ class Library(ctypes.CDLL):
         """Copies the text of the last error of this context, zero-terminated, into `buffer`.
         *needed (may be NULL) gets the bytes it takes. With several threads, the last error of
         any of them. Errors: HANDLE, INVALID, BUFFER (cut off to `bytes`). Since 0.1.
+        """
+        ...
+    def fkv_context_set_stream(self, ctx: Any, stream: Any) -> int:
+        """CUDA: all that follows runs on `stream`, a cudaStream_t of the context's device. Waits
+        for what was launched so far. No other call may run on the context's objects meanwhile.
+        Errors: HANDLE, UNSUPPORTED (the CPU has no streams), DEVICE. Since 0.1.
+        """
+        ...
+    def fkv_context_synchronize(self, ctx: Any) -> int:
+        """Waits until everything launched by the context's objects is done. Does nothing on the
+        CPU. Errors: HANDLE, DEVICE (a kernel failed). Since 0.1.
         """
         ...
     def fkv_model_params_init(self, params: Any, struct_size: int) -> int:
@@ -906,6 +933,13 @@ class Library(ctypes.CDLL):
         spans. Errors: HANDLE, INVALID, STATE (no attention with selection since the last
         update), BUSY, BUFFER (*selection is written: 2 * selection->spans are needed). Since
         0.1.
+        """
+        ...
+    def fkv_plan_replayed(self, plan: Any) -> int:
+        """CUDA: tells that a graph, into which the step's calls of all layers were captured, has
+        been launched once more (docs/cuda.md). During a capture the calls only record; the
+        cache's books follow here, and blocks that became full are coded. Errors: HANDLE, STATE
+        (a layer has had this step), UNSUPPORTED, DEVICE, BUSY. Since 0.1.
         """
         ...
     def fkv_plan_destroy(self, plan: Any) -> int:

@@ -381,12 +381,22 @@ pub struct fkv_context_params {
     pub message: *mut std::os::raw::c_char,
     #[doc = " Bytes at message."]
     pub message_bytes: u64,
+    #[doc = " CUDA: number of the device. Since 0.1."]
+    pub device_id: i32,
+    #[doc = " Zero."]
+    pub reserved: i32,
+    #[doc = " CUDA: the module's file. NULL: that of the environment variable FKV_CUDA_MODULE (an absolute path), or"]
+    #[doc = " else libfkv-cuda.so.0 in fkv/ beside libfkv.so, or where the system looks. docs/cuda.md."]
+    pub module_path: *const std::os::raw::c_char,
+    #[doc = " CUDA: the cudaStream_t on which everything runs, of that device; NULL is the default stream. Borrowed:"]
+    #[doc = " it must live until fkv_context_set_stream() replaces it or the context's last object is gone."]
+    pub stream: *mut std::os::raw::c_void,
 }
 #[test]
 fn bindgen_test_layout_fkv_context_params() {
     assert_eq!(
         ::core::mem::size_of::<fkv_context_params>(),
-        88usize,
+        112usize,
         concat!("Size of: ", stringify!(fkv_context_params))
     );
     assert_eq!(
@@ -615,6 +625,74 @@ fn bindgen_test_layout_fkv_context_params() {
         );
     }
     test_field_message_bytes();
+    fn test_field_device_id() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_context_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).device_id) as usize - ptr as usize
+            },
+            88usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_context_params),
+                "::",
+                stringify!(device_id)
+            )
+        );
+    }
+    test_field_device_id();
+    fn test_field_reserved() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_context_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).reserved) as usize - ptr as usize
+            },
+            92usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_context_params),
+                "::",
+                stringify!(reserved)
+            )
+        );
+    }
+    test_field_reserved();
+    fn test_field_module_path() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_context_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).module_path) as usize - ptr as usize
+            },
+            96usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_context_params),
+                "::",
+                stringify!(module_path)
+            )
+        );
+    }
+    test_field_module_path();
+    fn test_field_stream() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_context_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).stream) as usize - ptr as usize
+            },
+            104usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_context_params),
+                "::",
+                stringify!(stream)
+            )
+        );
+    }
+    test_field_stream();
 }
 #[doc = " What a context is and holds. Written by fkv_context_query(). Since 0.1."]
 #[repr(C)]
@@ -795,8 +873,9 @@ extern "C" {
 }
 extern "C" {
     #[doc = " Makes a context. `params` may be NULL for the defaults. On success *out is the caller's, to be freed"]
-    #[doc = " with fkv_context_destroy(); on error *out is NULL and params->message says why."]
-    #[doc = " Errors: INVALID, UNSUPPORTED, NOMEM, LIMIT, DEVICE. Since 0.1."]
+    #[doc = " with fkv_context_destroy(); on error *out is NULL and params->message says why: also which of module,"]
+    #[doc = " driver and device is missing for the CUDA backend."]
+    #[doc = " Errors: INVALID, UNSUPPORTED (also: no module), VERSION (of the module), NOMEM, LIMIT, DEVICE. Since 0.1."]
     pub fn fkv_context_create(
         params: *const fkv_context_params,
         out: *mut *mut fkv_context,
@@ -821,6 +900,20 @@ extern "C" {
         bytes: usize,
         needed: *mut usize,
     ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " CUDA: all that follows runs on `stream`, a cudaStream_t of the context's device. Waits for what was"]
+    #[doc = " launched so far. No other call may run on the context's objects meanwhile."]
+    #[doc = " Errors: HANDLE, UNSUPPORTED (the CPU has no streams), DEVICE. Since 0.1."]
+    pub fn fkv_context_set_stream(
+        ctx: *mut fkv_context,
+        stream: *mut std::os::raw::c_void,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Waits until everything launched by the context's objects is done. Does nothing on the CPU."]
+    #[doc = " Errors: HANDLE, DEVICE (a kernel failed). Since 0.1."]
+    pub fn fkv_context_synchronize(ctx: *mut fkv_context) -> fkv_status;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -4030,6 +4123,13 @@ extern "C" {
         spans: *mut i64,
         count: usize,
     ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " CUDA: tells that a graph, into which the step's calls of all layers were captured, has been launched once"]
+    #[doc = " more (docs/cuda.md). During a capture the calls only record; the cache's books follow here, and blocks that"]
+    #[doc = " became full are coded. Errors: HANDLE, STATE (a layer has had this step), UNSUPPORTED, DEVICE, BUSY."]
+    #[doc = " Since 0.1."]
+    pub fn fkv_plan_replayed(plan: *mut fkv_plan) -> fkv_status;
 }
 extern "C" {
     #[doc = " Ends the handle. Errors: HANDLE, BUSY. Since 0.1."]

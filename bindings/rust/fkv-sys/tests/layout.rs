@@ -86,6 +86,7 @@ fn facts() -> Facts {
         fkv_context_params {
             struct_size backend threads cpu_level flags alloc free alloc_user max_bytes max_tokens
             max_file_bytes message message_bytes
+            device_id reserved module_path stream
         }
         fkv_context_info {
             struct_size backend threads cpu_level live_bytes peak_bytes best_cpu_level has_cuda

@@ -153,6 +153,23 @@ impl Context {
         }
     }
 
+    /// CUDA: the stream, a cudaStream_t of the context's device, of all later calls.
+    /// Errors: Unsupported (the CPU has no streams), Device.
+    ///
+    /// # Safety
+    /// `stream` lives until another replaces it or the last object of the context is gone, and no other
+    /// call runs on the context's objects meanwhile.
+    pub unsafe fn set_stream(&self, stream: *mut std::ffi::c_void) -> Result<()> {
+        // SAFETY: a living handle; the stream is as the caller promises.
+        self.check(unsafe { sys::fkv_context_set_stream(self.as_raw(), stream) })
+    }
+
+    /// Waits for what was asked of the device so far; at once on the CPU. Errors: Device.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: a living handle.
+        self.check(unsafe { sys::fkv_context_synchronize(self.as_raw()) })
+    }
+
     /// The C handle, still owned by this context.
     pub fn as_raw(&self) -> *mut sys::fkv_context {
         self.handle.0.as_ptr()

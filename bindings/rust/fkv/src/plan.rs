@@ -160,6 +160,15 @@ impl Plan {
         }
     }
 
+    /// CUDA: tells that a graph with the step's calls of all layers was launched once more.
+    /// Errors: Handle (of another cache), State (a layer has had this step), Unsupported, Device.
+    pub fn replayed(&mut self, cache: &mut Cache) -> Result<()> {
+        self.is_on(cache)?;
+        // SAFETY: a living handle, of a cache that is borrowed exclusively.
+        let status = unsafe { sys::fkv_plan_replayed(self.as_raw()) };
+        self.context.check(status)
+    }
+
     /// Stores the step's new tokens of one layer: `k` and `v` `[tokens, Hk, D]`, before RoPE.
     /// Errors: Handle (of another cache), Invalid, State (the layer has had this step, or the plan is
     /// outdated), NonFinite, NoMemory, Limit.

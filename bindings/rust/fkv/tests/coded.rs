@@ -229,3 +229,17 @@ fn bits_go_where_the_losses_are() {
     target.value = -1.0;
     assert!(Profile::allocated(&context, &model, &codec, &target, [&k, &v], [&[], &[]]).is_err());
 }
+
+#[test]
+fn streams_and_graphs_are_for_devices() {
+    let context = context();
+    context.synchronize().unwrap();
+    // SAFETY: the CPU has no streams: the pointer is not looked at.
+    let error = unsafe { context.set_stream(std::ptr::null_mut()) }.unwrap_err();
+    assert_eq!(error.status(), Status::Unsupported);
+    let profile = Profile::exact(&context, &ModelParams::new(1, 1, 1, D), Dtype::F32).unwrap();
+    let mut cache = Cache::new(&context, &profile).unwrap();
+    let mut plan = Plan::new(&cache).unwrap();
+    let error = plan.replayed(&mut cache).unwrap_err();
+    assert_eq!(error.status(), Status::Unsupported);
+}

@@ -9,6 +9,11 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("alloc", "hooks are unsafe: fkv-sys and Context::from_raw"),
     ("free", "see alloc"),
     ("alloc_user", "see alloc"),
+    (
+        "module_path",
+        "loading code is unsafe: fkv-sys and Context::from_raw",
+    ),
+    ("stream", "Context::set_stream"),
     ("reserved", "zero"),
     ("reserved2", "zero"),
     ("device", "a slice is in the memory of the host, 0"),

@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What libfkv and the module libfkv-cuda say to each other: plain structs and one table of functions. The only
+ * header of libfkv/ that cuda/ includes. The module computes and launches; it owns no books. Addresses of the
+ * device are uint64_t on the host's side.
+ *
+ * How tokens lie on the device. A fragment is what the 32 lanes of a warp hold of a 16 x 16 matrix of 16-bit
+ * elements for one matrix instruction: lane l has rows l / 4 and l / 4 + 8 and columns 2 (l % 4), + 1, and these
+ * + 8. So element (r, c) is in lane 4 (r % 8) + c % 8 / 2, register r / 8 + 2 (c / 8), half c % 2.
+ *
+ *   exact page   for each KV head K [D / 16][64 / 16], then V [D / 16][64 / 16] fragments of 512 bytes, 16 for
+ *                each lane; D rounded up to 16. Rows and columns are (token, channel) in K, (channel, token) in V
+ *   unit         the tokens that share scales, 64 or 128; a block of the coding is one or more units. For each KV
+ *                head, in this order and each a multiple of 16 bytes:
+ *                  K codes [k_steps], V codes [v_steps]: panels of 16 planes; a plane is two bits of a channel's
+ *                    codes, the panel a matrix with the planes as its channels. A lane's words hold two fragments
+ *                    of tokens each: bits 16 (half) + 8 (fragment % 2) + 2 (register), word fragment / 2
+ *                  K exact [k_exact], V exact [v_exact]: panels of 16 channels of fragments, as in pages
+ *                  K scales and zero points, V scales and zero points, f16 for every plane (zero points stand at a
+ *                    channel's first plane, 0 at the others)
+ *                  the exponent of the largest K scale, int32; 12 bytes of padding
+ *   table        of a sequence, uint64_t [layers][slots]: the sink page, then for each tile of the body its exact
+ *                page, or at the first tile of a block the block
+ */
+#ifndef FKV_BACKEND_CUDA_H
+#define FKV_BACKEND_CUDA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FKV_MODULE_ABI 1u
+#define FKV_MODULE_ENTRY "fkv_cuda_module"
+#define FKV_SPAN 8             /* units that share the carriers' weights */
+#define FKV_CUDA_CHEBYSHEV 16  /* polynomials for the slow pairs of a span */
+#define FKV_CUDA_MAX_GROUP 8   /* query heads that one work item serves */
+#define FKV_CUDA_NO_CHANNEL -1 /* a plane that fills up a panel */
+
+/* A plane of two bits, or an exact channel. */
+struct fkv_plane {
+    int16_t channel;
+    int16_t index; /* 0: the lowest two bits */
+};
+
+/* One KV head of one layer. */
+struct fkv_cuda_head {
+    int32_t k_steps, v_steps, k_exact, v_exact; /* panels */
+    int32_t offset, bytes;                      /* within a unit */
+    int32_t k_planes, v_planes;                 /* first entries in the cache's list of planes; */
+    int32_t k_exacts, v_exacts;                 /* and of exact channels */
+    int32_t carried;                            /* K has carriers */
+    int32_t top_plane;                          /* largest index among K's planes */
+};
+
+/* Geometry and tables of a cache; constant. Addresses are of the device. */
+struct fkv_cuda_cache {
+    int32_t n_layers, n_q_heads, n_kv_heads, group, dim,
+        dtype; /* dtype: fkv_dtype_code of exact tokens */
+    int32_t rope_layout, rope_dim;
+    int32_t coded, unit, units_per_block, sinks;
+    int32_t
+        fast; /* pairs whose carriers are held as cosines, a multiple of 8; the others are polynomials */
+    int32_t panels; /* most V panels of a head, exact ones included, for sizes; */
+    int32_t most_k_planes, most_k_exacts,
+        padding; /* and of K's planes and exact channels, with padding */
+    float scale; /* softmax scale */
+    float padding2;
+    double rope_scaling;
+    uint64_t inv_freq;   /* double [rope_dim / 2] */
+    uint64_t heads;      /* struct fkv_cuda_head [layers][Hk] */
+    uint64_t planes;     /* struct fkv_plane [] */
+    uint64_t unit_bytes; /* int32_t [layers] */
+    uint64_t carriers;   /* float [layers][2][Hk][D] */
+    uint64_t kinds;   /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
+    uint64_t basis;   /* fragments [fast / 8 + FKV_SPAN][unit / 16][2], f16: high and low parts */
+    uint64_t turns;   /* float2 [FKV_SPAN][fast]: cos and sin of w_j * unit * i */
+    uint64_t project; /* float [pairs - fast][16] */
+};
+
+/* A sequence in a step. */
+struct fkv_cuda_row {
+    uint64_t table;
+    int64_t slots;
+    int32_t base, n_new, offset;     /* as struct fkv_row */
+    int32_t rope_first, rope_offset; /* token of its first entry in the rope table; where that is */
+    int32_t padding;
+};
+
+/* A piece of work: one query token, one KV head (or some of its query heads), a range of what it sees. */
+struct fkv_cuda_item {
+    int32_t row, head, query;
+    int32_t q_first, q_count; /* query heads of the group */
+    int32_t first, count;     /* units if coded, else table entries */
+    int32_t coded;
+    int32_t part, parts; /* number among the pieces of one output, and how many there are */
+    int32_t output;      /* number of the output: its first partial is at `slot` */
+    int32_t slot;
+    int32_t sink; /* 1: the range begins with the sink page, and `first` is the entry behind it */
+    int32_t padding;
+};
+
+/* What a step's kernels read; at the start of the plan's buffer on the device. */
+struct fkv_cuda_step {
+    int32_t n_rows, tokens;
+    int32_t rope_tokens; /* entries of the rope table */
+    int32_t padding;
+};
+
+struct fkv_cuda_patch {
+    uint64_t where, value; /* *where = value, */
+    uint64_t zero;         /* then `zero` bytes at value are cleared */
+};
+
+struct fkv_cuda_view {
+    uint64_t data;
+    int64_t token_stride, head_stride;
+    int32_t dtype, present;
+};
+
+struct fkv_cuda_seal {
+    int32_t row, tile; /* first tile of the block */
+    uint64_t block;
+};
+
+/* Arguments of attention; addresses of the plan's buffers. */
+struct fkv_cuda_attend {
+    uint64_t step, rows, items; /* items of this layer */
+    uint64_t n_items;           /* int32_t, on the device */
+    uint64_t rope;              /* float [2][pairs][rope_capacity] */
+    uint64_t partials;          /* float [slots][group][D + 2] */
+    uint64_t counters; /* uint32_t: items taken, then [outputs] parts done; zero between launches */
+    int64_t rope_capacity;
+    int32_t layer, appended;
+    int32_t grid;
+    int32_t longest, n_rows; /* append: new tokens of a sequence at most, if that is many; else 0 */
+    int32_t padding;
+    struct fkv_cuda_view q, out, lse;
+};
+
+struct fkv_cuda_info {
+    int32_t device, multiprocessors;
+    int32_t major, minor;
+    char name[128];
+};
+
+/* Functions return 0, or a number whose text fkv_cuda_ops.text() gives. */
+struct fkv_cuda_ops {
+    uint32_t struct_size, abi;
+    const char *version;
+    int (*open)(int device, struct fkv_cuda_info *info);
+    const char *(*text)(int error);
+    int (*alloc)(int device, size_t bytes, uint64_t *address); /* cleared */
+    int (*free)(int device, uint64_t address);
+    int (*alloc_host)(int device, size_t bytes, void **pointer);
+    int (*free_host)(int device, void *pointer);
+    int (*upload)(int device, uint64_t to, const void *from, size_t bytes, void *stream);
+    int (*copy)(int device, uint64_t to, uint64_t from, size_t bytes, void *stream);
+    int (*synchronize)(int device, void *stream);
+    int (*capturing)(int device, void *stream, int *yes);
+    /* whether memory is the device's: 1; another's: 0 */
+    int (*owns)(int device, uint64_t address, int *yes);
+    int (*event_create)(int device, void **event);
+    int (*event_destroy)(int device, void *event);
+    int (*event_record)(int device, void *event, void *stream);
+    int (*event_wait)(int device, void *event); /* by the host */
+
+    int (*patch)(int device, uint64_t patches, int count, void *stream);
+    /* positions: int32_t [tokens] */
+    int (*rope)(int device, const struct fkv_cuda_cache *c, uint64_t positions, int tokens,
+                uint64_t rope, int64_t capacity, void *stream);
+    /* max_tokens: the most that a replay of a captured launch may see */
+    int (*append)(int device, const struct fkv_cuda_cache *c, const struct fkv_cuda_attend *a,
+                  const struct fkv_cuda_view *k, const struct fkv_cuda_view *v, int max_tokens,
+                  void *stream);
+    int (*attend)(int device, const struct fkv_cuda_cache *c, const struct fkv_cuda_attend *a,
+                  void *stream);
+    int (*seal)(int device, const struct fkv_cuda_cache *c, const struct fkv_cuda_attend *a,
+                uint64_t seals, int count, void *stream);
+    /* Reads back tokens [first, first + count) of K (part 0) or V; `coded` tiles of the body are. */
+    int (*read)(int device, const struct fkv_cuda_cache *c, uint64_t table, int64_t slots,
+                int layer, int part, int64_t coded, int64_t first, int64_t count,
+                const struct fkv_cuda_view *out, void *stream);
+};
+
+/* FKV_MODULE_ABI and, as a guard against builds of different days, the size of what is passed. */
+#define FKV_MODULE_HANDSHAKE                                                                       \
+    (FKV_MODULE_ABI * 16777216u + (uint32_t)sizeof(struct fkv_cuda_cache) * 4096u +                \
+     (uint32_t)(sizeof(struct fkv_cuda_attend) + sizeof(struct fkv_cuda_item) * 7 +                \
+                sizeof(struct fkv_cuda_head) * 3))
+
+/* The module's only symbol. */
+typedef const struct fkv_cuda_ops *(*fkv_cuda_module_fn)(uint32_t handshake, const char *version);
+
+#endif /* FKV_BACKEND_CUDA_H */

@@ -1,0 +1,397 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the device must know of a profile, laid out in one buffer; see backend_cuda.h. */
+#define _GNU_SOURCE
+#include "device/device.h"
+
+#include <math.h>
+#include <string.h>
+
+#define PANEL 16
+#define SLOW_RADIUS 5.0 /* 16 polynomials give cos and sin of up to this angle to 1e-7 */
+
+/* Offsets of the tables in the buffer, and sizes. */
+struct plan_of_tables {
+    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, turns, project, bytes;
+    size_t n_planes;
+};
+
+static fkv_status check_profile(struct fkv_ctx *ctx, const struct fkv_profile_object *p) {
+    if (p->coding == FKV_CODING_FOURIER) {
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                        "the CUDA backend has no Fourier-coded caches yet; use the CPU");
+    }
+    if (p->storage_dtype == FKV_DTYPE_F32) {
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                        "the CUDA backend stores f16 and bf16, not f32; make the profile with one");
+    }
+    if (p->coding != FKV_CODING_CALIBRATED) {
+        return FKV_OK;
+    }
+    if (p->codec.domain == FKV_DOMAIN_UNROTATED) {
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                        "the CUDA backend holds keys rotated only (codec.domain)");
+    }
+    for (int i = 0; i < p->model.n_layers * 2 * p->model.n_kv_heads; i++) {
+        if (p->residuals[i].count[FKV_WIDTH_EXACT] && p->storage_dtype == FKV_DTYPE_BF16) {
+            return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                            "the CUDA backend has exact channels of blocks in f16 only; "
+                            "storage_dtype is bf16");
+        }
+    }
+    return FKV_OK;
+}
+
+static int planes_of(enum fkv_width w) {
+    return w == FKV_WIDTH_8 ? 4 : w == FKV_WIDTH_4 || w == FKV_WIDTH_3 ? 2 : 1;
+}
+
+/* Planes of one part, those of 2 bits last as the fewest panels mix then; `to` may be NULL. Filled up to whole
+ * panels. */
+static int list_planes(const struct fkv_residuals *r, struct fkv_plane *to) {
+    int n = 0, at = r->count[FKV_WIDTH_EXACT];
+    for (enum fkv_width w = FKV_WIDTH_8; w < FKV_WIDTH_0; w++) {
+        for (int i = 0; i < r->count[w]; i++, at++) {
+            for (int plane = 0; plane < planes_of(w); plane++, n++) {
+                if (to) {
+                    to[n] = (struct fkv_plane){r->list[at], (int16_t)plane};
+                }
+            }
+        }
+    }
+    for (; n % PANEL; n++) {
+        if (to) {
+            to[n] = (struct fkv_plane){FKV_CUDA_NO_CHANNEL, 0};
+        }
+    }
+    return n;
+}
+
+static int list_exact(const struct fkv_residuals *r, struct fkv_plane *to) {
+    int n = 0;
+    for (; n < r->count[FKV_WIDTH_EXACT] || n % PANEL; n++) {
+        if (to) {
+            to[n] = (struct fkv_plane){FKV_CUDA_NO_CHANNEL, 0};
+            if (n < r->count[FKV_WIDTH_EXACT]) {
+                to[n].channel = r->list[n];
+            }
+        }
+    }
+    return n;
+}
+
+static int max_int(int a, int b) {
+    return a > b ? a : b;
+}
+
+/* Heads of all layers, and the sizes that follow. */
+static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_cache *d,
+                          size_t *n_planes) {
+    const int heads = p->model.n_kv_heads, panel = d->c.unit * 4;
+    int32_t next = 0;
+    for (int l = 0; l < p->model.n_layers; l++) {
+        int32_t offset = 0;
+        for (int i = 0; i < heads; i++) {
+            struct fkv_cuda_head *h = &d->heads[l * heads + i];
+            const struct fkv_residuals *k = fkv_profile_residuals(p, l, FKV_PART_K, i);
+            const struct fkv_residuals *v = fkv_profile_residuals(p, l, FKV_PART_V, i);
+            h->k_planes = next;
+            h->v_planes = h->k_planes + list_planes(k, NULL);
+            h->k_exacts = h->v_planes + list_planes(v, NULL);
+            h->v_exacts = h->k_exacts + list_exact(k, NULL);
+            next = h->v_exacts + list_exact(v, NULL);
+            h->k_steps = (h->v_planes - h->k_planes) / PANEL;
+            h->v_steps = (h->k_exacts - h->v_planes) / PANEL;
+            h->k_exact = (h->v_exacts - h->k_exacts) / PANEL;
+            h->v_exact = (next - h->v_exacts) / PANEL;
+            h->carried = k->carried;
+            h->top_plane = k->count[FKV_WIDTH_8]                            ? 3
+                           : k->count[FKV_WIDTH_4] || k->count[FKV_WIDTH_3] ? 1
+                                                                            : 0;
+            h->offset = offset;
+            h->bytes = (h->k_steps + h->v_steps) * (panel + 64) +
+                       (h->k_exact + h->v_exact) * panel * 8 + 16;
+            offset += h->bytes;
+            d->c.panels = max_int(d->c.panels, h->v_steps + h->v_exact);
+            d->c.most_k_planes = max_int(d->c.most_k_planes, h->k_steps * PANEL);
+            d->c.most_k_exacts = max_int(d->c.most_k_exacts, h->k_exact * PANEL);
+        }
+        d->unit_bytes[l] = (offset + 127) / 128 * 128;
+    }
+    *n_planes = (size_t)next;
+}
+
+static size_t part_of(size_t *at, size_t bytes) {
+    size_t offset = *at;
+    *at += (bytes + 255) / 256 * 256;
+    return offset;
+}
+
+static void lay_out_tables(const struct fkv_profile_object *p, const struct fkv_device_cache *d,
+                           struct plan_of_tables *t) {
+    const struct fkv_model *m = &p->model;
+    const size_t heads = (size_t)m->n_layers * (size_t)m->n_kv_heads, dim = (size_t)m->head_dim;
+    const size_t pairs = (size_t)m->rope_dim / 2, fast = (size_t)d->c.fast;
+    size_t at = 0;
+    t->inv_freq = part_of(&at, pairs * sizeof(double));
+    if (d->c.coded) {
+        const size_t fragments = (fast / 8 + FKV_SPAN) * (size_t)(d->c.unit / 16) * 2;
+        t->heads = part_of(&at, heads * sizeof(struct fkv_cuda_head));
+        t->planes = part_of(&at, t->n_planes * sizeof(struct fkv_plane));
+        t->unit_bytes = part_of(&at, (size_t)m->n_layers * sizeof(int32_t));
+        t->carriers = part_of(&at, 2 * heads * dim * sizeof(float));
+        t->kinds = part_of(&at, 2 * heads * dim);
+        t->basis = part_of(&at, fragments * 512);
+        t->turns = part_of(&at, FKV_SPAN * fast * 2 * sizeof(float));
+        t->project =
+            part_of(&at, (pairs > fast ? pairs - fast : 1) * FKV_CUDA_CHEBYSHEV * sizeof(float));
+    }
+    t->bytes = at + 256;
+}
+
+/* ---- the carriers' basis */
+
+/* Puts x at (r, c) of a fragment and of the one with what is left. */
+static void put(uint16_t *fragment, int r, int c, double x) {
+    const size_t at =
+        (size_t)((r % 8 * 4 + c % 8 / 2) * 4 + r / 8 + 2 * (c / 8)) * 2 + (size_t)(c % 2);
+    fragment[at] = fkv_f32_to_f16((float)x);
+    fragment[256 + at] = fkv_f32_to_f16((float)(x - (double)fkv_f16_to_f32(fragment[at])));
+}
+
+static double basis_at(const struct fkv_model *m, const struct fkv_cuda_cache *c, int panel,
+                       int column, int token) {
+    if (panel < c->fast / 8) {
+        const int pair = panel * 8 + column / 2;
+        if (pair >= m->rope_dim / 2) {
+            return 0.0;
+        }
+        const double angle = m->inv_freq[pair] * token;
+        return column % 2 ? sin(angle) : cos(angle);
+    }
+    const int span = FKV_SPAN * c->unit, within = (panel - c->fast / 8) * c->unit + token;
+    const double x = (within - 0.5 * (span - 1)) / (0.5 * span);
+    return cos(column * acos(x));
+}
+
+static void fill_basis(const struct fkv_model *m, const struct fkv_cuda_cache *c, uint16_t *basis,
+                       float *turns, float *project) {
+    const int pairs = m->rope_dim / 2, rows = c->unit / 16;
+    for (int panel = 0; panel < c->fast / 8 + FKV_SPAN; panel++) {
+        for (int i = 0; i < c->unit * PANEL; i++) {
+            const int token = i / PANEL, column = i % PANEL;
+            put(basis + (size_t)(panel * rows + token / 16) * 512, token % 16, column,
+                basis_at(m, c, panel, column, token));
+        }
+    }
+    for (int i = 0; i < FKV_SPAN * c->fast; i++) {
+        const int pair = i % c->fast;
+        const double angle = pair < pairs ? m->inv_freq[pair] * (i / c->fast * c->unit) : 0.0;
+        turns[2 * i] = (float)cos(angle);
+        turns[2 * i + 1] = (float)sin(angle);
+    }
+    for (int j = c->fast; j < pairs; j++) {
+        /* cos(z x) and sin(z x) in Chebyshev polynomials of x: Jacobi and Anger's expansion */
+        const double z = m->inv_freq[j] * 0.5 * FKV_SPAN * c->unit;
+        for (int n = 0; n < FKV_CUDA_CHEBYSHEV; n++) {
+            const double sign = n / 2 % 2 ? -1.0 : 1.0;
+            project[(j - c->fast) * FKV_CUDA_CHEBYSHEV + n] =
+                (float)(sign * (n ? 2.0 : 1.0) * jn(n, z));
+        }
+    }
+}
+
+static int fast_pairs(const struct fkv_model *m, int unit) {
+    int fast = 0;
+    for (int j = 0; j < m->rope_dim / 2; j++) {
+        if (fabs(m->inv_freq[j]) * 0.5 * FKV_SPAN * unit > SLOW_RADIUS) {
+            fast = j + 1;
+        }
+    }
+    return (fast + 7) / 8 * 8;
+}
+
+static void fill_tables(const struct fkv_profile_object *p, const struct fkv_device_cache *d,
+                        const struct plan_of_tables *t, char *to) {
+    const struct fkv_model *m = &p->model;
+    const int heads = m->n_kv_heads;
+    const size_t dim = (size_t)m->head_dim;
+    memset(to, 0, t->bytes);
+    if (m->rope_dim) {
+        memcpy(to + t->inv_freq, m->inv_freq, (size_t)m->rope_dim / 2 * sizeof(double));
+    }
+    if (!d->c.coded) {
+        return;
+    }
+    memcpy(to + t->heads, d->heads, (size_t)(m->n_layers * heads) * sizeof *d->heads);
+    memcpy(to + t->unit_bytes, d->unit_bytes, (size_t)m->n_layers * sizeof(int32_t));
+    struct fkv_plane *planes = (struct fkv_plane *)(void *)(to + t->planes);
+    for (int l = 0; l < m->n_layers; l++) {
+        for (int i = 0; i < 2 * heads; i++) {
+            const fkv_part part = i % 2;
+            const struct fkv_cuda_head *h = &d->heads[l * heads + i / 2];
+            const struct fkv_residuals *r = fkv_profile_residuals(p, l, part, i / 2);
+            const size_t at = ((size_t)(l * 2 + part) * (size_t)heads + (size_t)(i / 2)) * dim;
+            list_planes(r, planes + (part == FKV_PART_K ? h->k_planes : h->v_planes));
+            list_exact(r, planes + (part == FKV_PART_K ? h->k_exacts : h->v_exacts));
+            memcpy(to + t->carriers + at * sizeof(float), fkv_profile_carrier(p, l, part, i / 2),
+                   dim * sizeof(float));
+            const int first =
+                r->count[FKV_WIDTH_EXACT] + r->count[FKV_WIDTH_8] + r->count[FKV_WIDTH_4];
+            for (int j = 0; j < r->count[FKV_WIDTH_3]; j++) {
+                to[t->kinds + at + r->list[first + j]] = 1;
+            }
+            for (int j = 0; j < r->count[FKV_WIDTH_EXACT]; j++) {
+                to[t->kinds + at + r->list[j]] = 2;
+            }
+        }
+    }
+    fill_basis(m, &d->c, (uint16_t *)(void *)(to + t->basis), (float *)(void *)(to + t->turns),
+               (float *)(void *)(to + t->project));
+}
+
+static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base,
+                            const struct plan_of_tables *t) {
+    c->inv_freq = base + t->inv_freq;
+    c->heads = base + t->heads;
+    c->planes = base + t->planes;
+    c->unit_bytes = base + t->unit_bytes;
+    c->carriers = base + t->carriers;
+    c->kinds = base + t->kinds;
+    c->basis = base + t->basis;
+    c->turns = base + t->turns;
+    c->project = base + t->project;
+}
+
+/* ---- pools */
+
+static size_t layer_scales(const struct fkv_device_cache *d, int layer, int heads) {
+    size_t bytes = 0;
+    for (int i = 0; i < heads; i++) {
+        bytes +=
+            (size_t)(d->heads[layer * heads + i].k_steps + d->heads[layer * heads + i].v_steps) *
+            64;
+    }
+    return bytes * (size_t)d->c.units_per_block;
+}
+
+static void make_pools(const struct fkv_profile_object *p, struct fkv_device_cache *d) {
+    const size_t padded = ((size_t)p->model.head_dim + 15) / 16 * 16;
+    d->pools[0] = (struct fkv_device_pool){
+        .bytes = (size_t)p->model.n_kv_heads * padded * 2 * FKV_TILE * 2, .class = FKV_CLASS_EXACT};
+    d->n_pools = 1;
+    for (int l = 0; d->c.coded && l < p->model.n_layers; l++) {
+        const struct fkv_device_pool pool = {.bytes = (size_t)d->unit_bytes[l] *
+                                                      (size_t)d->c.units_per_block,
+                                             .class = FKV_CLASS_BLOCKS,
+                                             .scales = layer_scales(d, l, p->model.n_kv_heads)};
+        int32_t i = 1;
+        while (i < d->n_pools &&
+               (d->pools[i].bytes != pool.bytes || d->pools[i].scales != pool.scales)) {
+            i++;
+        }
+        if (i == d->n_pools) {
+            d->pools[d->n_pools++] = pool;
+        }
+        d->pool_of[l] = i;
+    }
+}
+
+static void set_geometry(const struct fkv_profile_object *p, struct fkv_cuda_cache *c) {
+    const struct fkv_model *m = &p->model;
+    *c = (struct fkv_cuda_cache){
+        .n_layers = m->n_layers,
+        .n_q_heads = m->n_q_heads,
+        .n_kv_heads = m->n_kv_heads,
+        .group = m->group,
+        .dim = m->head_dim,
+        .dtype = p->storage_dtype,
+        .rope_layout = m->rope_layout,
+        .rope_dim = m->rope_dim,
+        .scale = (float)m->softmax_scale,
+        .rope_scaling = m->rope_scaling,
+    };
+    if (p->coding == FKV_CODING_CALIBRATED) {
+        c->coded = 1;
+        c->unit = p->codec.group;
+        c->units_per_block = p->codec.block / p->codec.group;
+        c->sinks = p->codec.n_sink;
+        c->fast = fast_pairs(m, c->unit);
+    }
+}
+
+static fkv_status make_cache(struct fkv_cache_object *cache) {
+    struct fkv_device_cache *d = cache->device;
+    const struct fkv_profile_object *p = cache->profile;
+    const size_t layers = (size_t)p->model.n_layers, heads = layers * (size_t)p->model.n_kv_heads;
+    struct plan_of_tables t = {0};
+    void *memory;
+    set_geometry(p, &d->c);
+    d->pools = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (layers + 1) * sizeof *d->pools);
+    d->heads = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, heads * sizeof *d->heads);
+    d->unit_bytes = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->unit_bytes);
+    d->pool_of = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->pool_of);
+    if (!d->pools || !d->heads || !d->unit_bytes || !d->pool_of) {
+        return fkv_cache_refused(cache);
+    }
+    if (d->c.coded) {
+        lay_out_heads(p, d, &t.n_planes);
+    }
+    make_pools(p, d);
+    lay_out_tables(p, d, &t);
+    fkv_status status = fkv_device_reserve(cache, &d->tables, t.bytes);
+    if (status == FKV_OK) {
+        status = fkv_device_stage(cache, t.bytes, &memory);
+    }
+    if (status != FKV_OK) {
+        return status;
+    }
+    fill_tables(p, d, &t, memory);
+    point_to_tables(&d->c, d->tables.address, &t);
+    return fkv_device_send(cache, d->tables.address, t.bytes);
+}
+
+fkv_status fkv_device_cache_new(struct fkv_cache_object *cache) {
+    fkv_status status = check_profile(cache->ctx, cache->profile);
+    if (status != FKV_OK) {
+        return status;
+    }
+    cache->device = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, sizeof *cache->device);
+    if (!cache->device) {
+        return fkv_cache_refused(cache);
+    }
+    status = make_cache(cache);
+    if (status != FKV_OK) {
+        fkv_device_cache_free(cache);
+    }
+    return status;
+}
+
+void fkv_device_cache_free(struct fkv_cache_object *cache) {
+    struct fkv_device_cache *d = cache->device;
+    struct fkv_ctx *ctx = cache->ctx;
+    const size_t layers = (size_t)cache->profile->model.n_layers;
+    if (!d) {
+        return;
+    }
+    ctx->cuda->synchronize(ctx->device, ctx->stream); /* or it would go on reading what is freed */
+    fkv_device_pools_free(cache);
+    fkv_device_release(cache, &d->tables);
+    fkv_device_release(cache, &d->patches);
+    for (int i = 0; i < FKV_DEVICE_STAGES; i++) {
+        if (d->stages[i].memory) {
+            ctx->cuda->free_host(ctx->device, d->stages[i].memory);
+        }
+        if (d->stages[i].event) {
+            ctx->cuda->event_destroy(ctx->device, d->stages[i].event);
+        }
+    }
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pending,
+                   (size_t)d->pending_slots * sizeof *d->pending);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pools, (layers + 1) * sizeof *d->pools);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->heads,
+                   layers * (size_t)cache->profile->model.n_kv_heads * sizeof *d->heads);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->unit_bytes, layers * sizeof *d->unit_bytes);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pool_of, layers * sizeof *d->pool_of);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d, sizeof *d);
+    cache->device = NULL;
+}
