@@ -464,7 +464,7 @@ static void bad_creation(void **state) {
                      FKV_ERR_HANDLE);
     assert_int_equal(fkv_calibrator_create(f.ctx, NULL, NULL, &cal), FKV_ERR_INVALID);
     assert_int_equal(fkv_calibrator_create(f.ctx, &f.model, NULL, NULL), FKV_ERR_INVALID);
-    params.criterion = 2;
+    params.criterion = 3;
     assert_int_equal(fkv_calibrator_create(f.ctx, &f.model, &params, &cal), FKV_ERR_INVALID);
     params.criterion = FKV_CRITERION_PUBLISHED;
     params.struct_size = 0;

@@ -127,7 +127,7 @@ impl Plan {
     /// The cache must have a calibrated profile with unrotated keys.
     /// Errors: Invalid, Unsupported (another profile).
     pub fn select(&mut self, params: Option<&SelectParams>) -> Result<()> {
-        let raw = params.map(SelectParams::to_raw);
+        let raw = params.map(SelectParams::raw);
         let pointer = raw.as_ref().map_or(std::ptr::null(), |raw| raw as *const _);
         // SAFETY: a living handle; the struct, if any, lives through the call.
         let status = unsafe { sys::fkv_plan_select(self.as_raw(), pointer) };

@@ -36,7 +36,7 @@ impl Default for SelectParams {
 }
 
 impl SelectParams {
-    pub(crate) fn to_raw(&self) -> sys::fkv_select_params {
+    pub(crate) fn raw(&self) -> sys::fkv_select_params {
         // SAFETY: the init function of this very struct.
         let mut raw = unsafe { sys::fkv_select_params::defaults(sys::fkv_select_params_init) };
         raw.n_global = self.n_global;
