@@ -20,7 +20,11 @@ def test_there_are_programs():
 
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_program_runs(program, tmp_path):
+    if 'import transformers' in program:
+        pytest.importorskip('transformers')
+    for name in ('README.md', 'examples'):  # programs may read these
+        (tmp_path / name).symlink_to(layouts.ROOT / name)
     done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout and not done.stderr, done.stderr
+    assert done.stdout and ('transformers' in program or not done.stderr), done.stderr
