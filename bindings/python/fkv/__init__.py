@@ -39,8 +39,8 @@ __all__ = [
     'Device', 'DeviceError', 'Domain', 'Error', 'FileError', 'FormatError', 'FourierParams',
     'HandleError', 'InvalidError', 'LimitError', 'MismatchError', 'ModelParams', 'NoMemoryError',
     'NonFiniteError', 'Outgrow', 'Part', 'Plan', 'Profile', 'ProfileInfo', 'Restoration',
-    'RopeLayout', 'SelectParams', 'Selection', 'Sequence', 'SequenceParams', 'StateError', 'Statistic', 'Stats', 'Status',
-    'Target', 'UnsupportedError', 'VersionError', 'abi_version', 'calibrate', 'model_params',
+    'RopeLayout', 'SelectParams', 'Selection', 'Sequence', 'SequenceParams', 'StateError',
+    'Statistic', 'Stats', 'Status', 'Target', 'UnsupportedError', 'VersionError', 'abi_version', 'calibrate', 'model_params',
     'status_string', 'tensor', 'version',
 ]
 

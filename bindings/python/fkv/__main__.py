@@ -94,7 +94,8 @@ def read_texts(files: list[str], tokens: str, tokenizer) -> list:
 def calibrate(args) -> None:
     import transformers
     from fkv import calibration
-    tokenizer = None if args.tokens == 'bytes' else transformers.AutoTokenizer.from_pretrained(args.model)
+    tokenizer = (None if args.tokens == 'bytes'
+                 else transformers.AutoTokenizer.from_pretrained(args.model))
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     model.to(args.device)
     codec = fkv.CodecParams(n_sink=args.sinks, n_local=args.local, group=args.group,

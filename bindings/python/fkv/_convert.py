@@ -123,11 +123,17 @@ def text_bytes(text: Any) -> bytes:
     raise TypeError(f'expected str or bytes, not {type(text).__name__}')
 
 
+def shaped(values: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
+    """`values` as an array, which must have exactly that shape."""
+    array = numpy.asarray(values)
+    if array.shape != tuple(shape):
+        raise ValueError(f'{name} has shape {array.shape}, expected {tuple(shape)}')
+    return array
+
+
 def mask_bytes(mask: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
     """`mask`, of exactly that shape and of nothing but 0 and 1, as contiguous bytes."""
-    mask = numpy.asarray(mask)
-    if mask.shape != tuple(shape):
-        raise ValueError(f'{name} has shape {mask.shape}, expected {tuple(shape)}')
+    mask = shaped(mask, shape, name)
     ones = mask == 1
     if not numpy.all(ones | (mask == 0)):
         raise ValueError(f'{name} has values other than 0 and 1')
@@ -136,22 +142,18 @@ def mask_bytes(mask: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
 
 def code_bytes(codes: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
     """`codes`, whole numbers of exactly that shape that fit a byte, as contiguous bytes."""
-    codes = numpy.asarray(codes)
-    if codes.shape != tuple(shape):
-        raise ValueError(f'{name} has shape {codes.shape}, expected {tuple(shape)}')
+    codes = shaped(codes, shape, name)
     if codes.dtype.kind not in 'iu' or (codes.size and (codes.min() < 0 or codes.max() > 255)):
         raise ValueError(f'{name} must be whole numbers of 0..255')
     return numpy.ascontiguousarray(codes, dtype=numpy.uint8)
 
 
-def float_array(values: Any, shape: Sequence[int], name: str) -> numpy.ndarray:
-    """`values`, of exactly that shape, as contiguous float32."""
-    values = numpy.asarray(values)
-    if values.shape != tuple(shape):
-        raise ValueError(f'{name} has shape {values.shape}, expected {tuple(shape)}')
-    if values.dtype.kind not in 'fiu':
+def numbers(values: Any, shape: Sequence[int], dtype: Any, name: str) -> numpy.ndarray:
+    """`values`, numbers of exactly that shape, as a contiguous array of that type."""
+    array = shaped(values, shape, name)
+    if array.dtype.kind not in 'fiu':
         raise ValueError(f'{name} must be numbers')
-    return numpy.ascontiguousarray(values, dtype=numpy.float32)
+    return numpy.ascontiguousarray(array, dtype=dtype)
 
 
 def int64_list(values: Any, name: str) -> numpy.ndarray:

@@ -2,6 +2,8 @@
 """What all handles have in common, and the context."""
 from __future__ import annotations
 
+import os
+import pathlib
 from typing import Any
 
 from . import errors
@@ -67,6 +69,18 @@ class Handle:
             raise self._failure(status)
 
 
+#: The CUDA module, if the package was built with one.
+CUDA_MODULE = pathlib.Path(__file__).with_name('libfkv-cuda.so.0')
+
+
+def own_module(struct) -> Any:
+    """The package's CUDA module, if nothing says which one to load; else what the struct has."""
+    if (struct.backend == lib.FKV_BACKEND_CUDA and struct.module_path == ffi.NULL
+            and not os.environ.get('FKV_CUDA_MODULE') and CUDA_MODULE.exists()):
+        return ffi.new('char[]', os.fsencode(CUDA_MODULE))
+    return struct.module_path
+
+
 class Context(Handle):
     """Where things run: threads, memory, limits. Keywords are the fields of ContextParams.
 
@@ -80,6 +94,7 @@ class Context(Handle):
 
     def __init__(self, **params):
         struct, keep = to_c(ContextParams, ContextParams(**params))
+        struct.module_path = module = own_module(struct)  # noqa: F841 -- lives through the call
         message = ffi.new('char[]', 512)
         struct.message = message
         struct.message_bytes = len(message)

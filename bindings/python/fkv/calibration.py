@@ -3,10 +3,10 @@
 
     profile = fkv.calibrate(model, texts, tokenizer=tokenizer, target=12)
 
-What a channel is worth is the squared gradient of the model's loss with respect to its values, through
-those queries alone that will read them coded: the newest n_local tokens are held exactly, and what queries
-do with them says nothing about coding. Such gradients are mostly small beside the whole, so that taking
-the whole ranks channels by what never matters. docs/calibration.md has the measurements.
+What a channel is worth is the squared gradient of the model's loss with respect to its values,
+through those queries alone that will read them coded: the newest n_local tokens are held exactly, and
+what queries do with them says nothing about coding. Such gradients are mostly small beside the whole, so
+that taking the whole ranks channels by what never matters (docs/calibration.md).
 
 Needs torch and transformers; neither is needed by the rest of the package.
 """
@@ -131,7 +131,7 @@ def _unrotate(x, rope, gradient: bool):
 
 
 @contextlib.contextmanager
-def _calibrating(model) -> Iterator[None]:
+def calibrating(model) -> Iterator[None]:
     """The model with our attention, its weights without gradients; as it was afterwards."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
@@ -217,8 +217,6 @@ def observe(calibrator: Calibrator, model, ids: Any, weights: Any = None, *, cod
         _run = None
 
 
-calibrating = _calibrating
-
 
 class _Progress:
     """A bar on stderr, if somebody watches."""
@@ -281,7 +279,7 @@ def gather(model, texts: Iterable[Any], *, tokenizer: Any = None, context: Conte
                             criterion=Criterion.SENSITIVITY, codec=codec)
     generator = torch.Generator().manual_seed(seed)
     bar = _Progress(len(windows), progress)
-    with _calibrating(model):
+    with calibrating(model):
         for i, (ids, weights) in enumerate(windows):
             loss = observe(calibrator, model, ids, weights, codec=codec, labels=labels,
                            generator=generator)

@@ -6,9 +6,8 @@ from typing import Any, Sequence
 
 import numpy
 
-from ._convert import (View, as_enum, code_bytes, ffi, float_array, from_c, lib, mask_bytes,
-                       new_result, path_bytes,
-                       text_bytes, to_c)
+from ._convert import (View, as_enum, code_bytes, ffi, from_c, lib, mask_bytes, new_result, numbers,
+                       path_bytes, text_bytes, to_c)
 from ._objects import Context, Handle, expect, tensor_pointer
 from ._types import (AllocationInfo, AllocationParams, CalibratorParams, CodecParams, DType,
                      FourierParams, ModelParams, Part, ProfileInfo, Statistic, Stats)
@@ -64,10 +63,7 @@ class Profile(Handle):
         shape = (struct.n_layers, struct.n_kv_heads, struct.head_dim)
         k = code_bytes(k_bits, shape, 'k_bits')
         v = code_bytes(v_bits, shape, 'v_bits')
-        carriers = [None if c is None else float_array(c, shape, name) for c, name in
-                    ((k_carrier, 'k_carrier'), (v_carrier, 'v_carrier'))]
-        pointers = [ffi.NULL if c is None else ffi.from_buffer('float[]', c) for c in carriers]
-        count = max((c.size for c in carriers if c is not None), default=0)
+        carriers, pointers, count = carrier_arrays(k_carrier, v_carrier, shape)
         out = ffi.new('fkv_profile **')
         expect(Context, context)._check(lib.fkv_profile_create_coded(
             context._pointer, struct, codec, ffi.from_buffer('uint8_t[]', k),
@@ -103,24 +99,23 @@ class Profile(Handle):
     @classmethod
     def allocated(cls, context: Context, model: ModelParams, k_losses: Any, v_losses: Any,
                   params: AllocationParams | None = None, codec: CodecParams | None = None,
-                  k_carriers: Any = None, v_carriers: Any = None) -> tuple['Profile', AllocationInfo]:
-        """A calibrated profile from a loss for each channel: [n_layers, Hk, D], of holding its carrier
-        alone. Bits go to where they avoid most. carriers: of the same shape, or None for zeros.
+                  k_carrier: Any = None, v_carrier: Any = None) -> tuple['Profile', AllocationInfo]:
+        """A calibrated profile: bits go to the channels where they avoid most loss.
+
+        k_losses, v_losses: [n_layers, Hk, D], the loss of holding a channel's carrier alone;
+        k_carrier, v_carrier: of the same shape; None: zeros.
         """
         struct, keep = to_c(ModelParams, model)
         options, keep_options = to_c(AllocationParams, params or AllocationParams())
         coding, keep_coding = to_c(CodecParams, codec or CodecParams())
         shape = (struct.n_layers, struct.n_kv_heads, struct.head_dim)
-        k, v = (numbers(x, shape, 'float64', 'losses') for x in (k_losses, v_losses))
-        carriers = [None if x is None else numbers(x, shape, 'float32', 'carriers')
-                    for x in (k_carriers, v_carriers)]
-        count = max((x.size for x in carriers if x is not None), default=0)
+        k, v = (numbers(x, shape, numpy.float64, name)
+                for x, name in ((k_losses, 'k_losses'), (v_losses, 'v_losses')))
+        carriers, pointers, count = carrier_arrays(k_carrier, v_carrier, shape)
         report, out = new_result(AllocationInfo), ffi.new('fkv_profile **')
         expect(Context, context)._check(lib.fkv_profile_create_allocated(
             context._pointer, struct, coding, options, ffi.from_buffer('double[]', k),
-            ffi.from_buffer('double[]', v), k.size,
-            *(ffi.NULL if x is None else ffi.from_buffer('float[]', x) for x in carriers), count,
-            report, out))
+            ffi.from_buffer('double[]', v), k.size, *pointers, count, report, out))
         return cls(out[0], context), from_c(AllocationInfo, report)
 
     @classmethod
@@ -192,12 +187,12 @@ class Profile(Handle):
         return from_c(Stats, struct)
 
 
-def numbers(values: Any, shape: tuple[int, ...], dtype: str, name: str) -> numpy.ndarray:
-    """A contiguous array of that shape and type, a copy only if it must be."""
-    array = numpy.ascontiguousarray(values, dtype)
-    if array.shape != shape:
-        raise ValueError(f'{name}: shape {array.shape}, expected {shape}')
-    return array
+def carrier_arrays(k_carrier: Any, v_carrier: Any, shape: Sequence[int]) -> tuple[list, list, int]:
+    """(arrays to keep, their pointers, NULL for None; floats in each)"""
+    arrays = [None if given is None else numbers(given, shape, numpy.float32, name)
+              for given, name in ((k_carrier, 'k_carrier'), (v_carrier, 'v_carrier'))]
+    pointers = [ffi.NULL if a is None else ffi.from_buffer('float[]', a) for a in arrays]
+    return arrays, pointers, max((a.size for a in arrays if a is not None), default=0)
 
 
 class Calibrator(Handle):
@@ -248,7 +243,7 @@ class Calibrator(Handle):
 
     def weigh_values(self, layer: int, weights: Any) -> None:
         """How much the hidden state moves when a channel of V does: [Hk, D]. Without gradients."""
-        array = numbers(weights, self._shape, 'float64', 'weights')
+        array = numbers(weights, self._shape, numpy.float64, 'weights')
         self._check(lib.fkv_calibrator_weigh_values(
             self._pointer, layer, ffi.from_buffer('double[]', array), array.size))
 

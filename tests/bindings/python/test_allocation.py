@@ -128,7 +128,7 @@ def test_profile_of_given_losses(context, model):
     carriers = numpy.ones(SHAPE, 'f4')
     profile, info = fkv.Profile.allocated(
         context, model, losses, numpy.zeros(SHAPE),
-        fkv.AllocationParams(target='loss', value=0.2), CODEC, k_carriers=carriers)
+        fkv.AllocationParams(target='loss', value=0.2), CODEC, k_carrier=carriers)
     assert info.predicted_loss <= 0.2 and info.carrier_loss == pytest.approx(1.0)
     assert profile.channels(0, 'k')[1, 7] > 0
     assert (profile.carriers(1, 'k') == 1).all() and (profile.carriers(1, 'v') == 0).all()

@@ -2,6 +2,7 @@
 """What Python says of the CUDA backend where there is no device; tests/cuda has the rest."""
 import fkv
 import pytest
+from fkv._objects import CUDA_MODULE
 
 
 def test_stream_is_for_devices(context):
@@ -18,6 +19,17 @@ def test_the_cpu_has_nothing_to_wait_for(context):
 def test_replaying_is_for_devices(cache):
     with pytest.raises(fkv.UnsupportedError):
         cache.plan().replayed()
+
+
+def test_the_package_has_its_own_module_or_says_that_there_is_none(monkeypatch):
+    monkeypatch.delenv('FKV_CUDA_MODULE', raising=False)
+    try:
+        with fkv.Context(backend='cuda') as context:
+            assert context.info.backend == fkv.Backend.CUDA
+    except fkv.DeviceError as error:  # loaded, and there is no device
+        assert CUDA_MODULE.exists() and 'CUDA device 0' in str(error)
+    except fkv.UnsupportedError as error:
+        assert not CUDA_MODULE.exists() and 'CUDA' in str(error)
 
 
 def test_module_that_is_not_there_is_named(tmp_path):

@@ -105,7 +105,7 @@ def test_allocated(context):
     carriers = random.normal(size=(2, *SHAPE)).astype(numpy.float32)
     profile, info = fkv.Profile.allocated(context, small_model(), k, v,
                                           fkv.AllocationParams(target='bits', value=1.5),
-                                          k_carriers=carriers)
+                                          k_carrier=carriers)
     assert 1.4 < info.bits <= 1.5
     assert profile.info.coding == fkv.Coding.CALIBRATED
     with pytest.raises(ValueError, match='losses'):
