@@ -70,7 +70,7 @@ static int observe(const struct calibration *c, struct needle_engine *engine) {
     for (size_t i = 0; i < prompts && !code; i++) {
         struct needle_item item;
         code = make_prompt(c, i, &item);
-        code = code ? code : needle_engine_begin(engine, 0, c->error);
+        code = code ? code : needle_engine_begin(engine, 0, 0, c->error);
         code = code ? code : needle_engine_prefill(engine, item.tokens, context, 0, c->error);
         needle_item_free(&item);
     }
@@ -85,7 +85,7 @@ static int observe_exactly(const struct calibration *c) {
         return needle_fail_fkv(c->error, NEEDLE_FAILED, c->ctx, status, "exact profile");
     }
     struct needle_engine engine;
-    int code = needle_engine_open(&engine, c->model, c->ctx, exact, c->error);
+    int code = needle_engine_open(&engine, c->model, c->ctx, &exact, 1, c->error);
     if (!code) {
         engine.calibrator = c->calibrator;
         code = observe(c, &engine);

@@ -3,6 +3,7 @@
 
 #include <cblas.h>
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -117,7 +118,9 @@ static void finish_block(struct needle_engine *e, const struct needle_layer *y, 
     linear(e->gate, rows, inner, y->down, hidden, 1, x);
 }
 
-static int attend(struct needle_engine *e, int32_t layer, size_t n, struct needle_error *error) {
+/* Attends with the cache that is in use; while a context is read, the others get the tokens too. */
+static int attend(struct needle_engine *e, int32_t layer, size_t n, bool reading,
+                  struct needle_error *error) {
     const struct needle_config *c = &e->model->config;
     const int64_t q_shape[] = {(int64_t)n, c->n_heads, c->head_dim};
     const int64_t kv_shape[] = {(int64_t)n, c->n_kv_heads, c->head_dim};
@@ -132,11 +135,14 @@ static int attend(struct needle_engine *e, int32_t layer, size_t n, struct needl
             return needle_fail_fkv(error, NEEDLE_FAILED, e->ctx, status, "calibration");
         }
     }
-    status = status ? status : fkv_append_attend(e->plan, layer, &q, &k, &v, &out, NULL);
+    status = status ? status : fkv_append_attend(e->now->plan, layer, &q, &k, &v, &out, NULL);
+    for (size_t i = 1; i < e->n_held && reading && !status; i++) {
+        status = fkv_append(e->held[i].plan, layer, &k, &v);
+    }
     return status ? needle_fail_fkv(error, NEEDLE_FAILED, e->ctx, status, "attention") : NEEDLE_OK;
 }
 
-static int forward_layer(struct needle_engine *e, int32_t layer, size_t n,
+static int forward_layer(struct needle_engine *e, int32_t layer, size_t n, bool reading,
                          struct needle_error *error) {
     const struct needle_layer *y = &e->model->layers[layer];
     for (size_t i = 0; i < n; i += BLOCK) {
@@ -146,7 +152,7 @@ static int forward_layer(struct needle_engine *e, int32_t layer, size_t n,
     if (needle_interrupted()) {
         return needle_fail(error, NEEDLE_INTERRUPTED, "interrupted");
     }
-    int code = attend(e, layer, n, error);
+    int code = attend(e, layer, n, reading, error);
     if (code) {
         return code;
     }
@@ -170,23 +176,27 @@ static void output_logits(struct needle_engine *e, size_t n, size_t n_logits, fl
     }
 }
 
-static int update_plan(struct needle_engine *e, size_t n, struct needle_error *error) {
+static int update_plan(struct needle_engine *e, const struct needle_held *held, size_t n,
+                       struct needle_error *error) {
     const int64_t n_new = (int64_t)n;
     fkv_batch batch;
     fkv_batch_init(&batch, sizeof batch);
     batch.count = 1;
-    batch.sequences = &e->sequence;
+    batch.sequences = &held->sequence;
     batch.n_new = &n_new;
-    fkv_status status = fkv_plan_update(e->plan, &batch);
+    fkv_status status = fkv_plan_update(held->plan, &batch);
     return status ? needle_fail_fkv(error, NEEDLE_FAILED, e->ctx, status, "next step") : NEEDLE_OK;
 }
 
-int needle_engine_forward(struct needle_engine *engine, const uint8_t *tokens, size_t n,
-                          size_t n_logits, float *logits, struct needle_error *error) {
+static int forward(struct needle_engine *engine, const uint8_t *tokens, size_t n, bool reading,
+                   struct needle_error *error) {
     const struct needle_model *m = engine->model;
     const size_t hidden = (size_t)m->config.hidden_size;
     int code = reserve(engine, n, error);
-    code = code ? code : update_plan(engine, n, error);
+    code = code ? code : update_plan(engine, engine->now, n, error);
+    for (size_t i = 1; i < engine->n_held && reading && !code; i++) {
+        code = update_plan(engine, &engine->held[i], n, error);
+    }
     if (code) {
         return code;
     }
@@ -194,21 +204,30 @@ int needle_engine_forward(struct needle_engine *engine, const uint8_t *tokens, s
         memcpy(engine->x + i * hidden, m->embedding + tokens[i] * hidden, hidden * sizeof(float));
     }
     for (int32_t layer = 0; layer < m->config.n_layers; layer++) {
-        code = forward_layer(engine, layer, n, error);
+        code = forward_layer(engine, layer, n, reading, error);
         if (code) {
             return code;
         }
     }
-    output_logits(engine, n, n_logits, logits);
     return NEEDLE_OK;
+}
+
+int needle_engine_forward(struct needle_engine *engine, const uint8_t *tokens, size_t n,
+                          size_t n_logits, float *logits, struct needle_error *error) {
+    int code = forward(engine, tokens, n, false, error);
+    if (!code) {
+        output_logits(engine, n, n_logits, logits);
+    }
+    return code;
 }
 
 int needle_engine_prefill(struct needle_engine *engine, const uint8_t *tokens, size_t n,
                           size_t chunk, struct needle_error *error) {
     const size_t step = chunk ? chunk : n;
+    engine->now = engine->held;
     for (size_t i = 0; i < n; i += step) {
         size_t count = n - i < step ? n - i : step;
-        int code = needle_engine_forward(engine, tokens + i, count, 0, NULL, error);
+        int code = forward(engine, tokens + i, count, true, error);
         if (code) {
             return code;
         }
@@ -227,35 +246,44 @@ uint64_t needle_engine_units(const struct needle_engine *engine, size_t n, size_
 }
 
 int needle_engine_open(struct needle_engine *engine, const struct needle_model *model,
-                       fkv_context *ctx, fkv_profile *profile, struct needle_error *error) {
-    *engine = (struct needle_engine){.model = model, .ctx = ctx, .sequence = -1};
-    fkv_status status = fkv_cache_create(ctx, profile, NULL, &engine->cache);
-    status = status ? status : fkv_plan_create(engine->cache, &engine->plan);
-    if (status) {
-        int code = needle_fail_fkv(error, NEEDLE_FAILED, ctx, status, "cache");
-        needle_engine_close(engine);
-        return code;
+                       fkv_context *ctx, fkv_profile *const *profiles, size_t n_profiles,
+                       struct needle_error *error) {
+    *engine = (struct needle_engine){.model = model, .ctx = ctx, .now = engine->held};
+    for (size_t i = 0; i < n_profiles; i++) {
+        struct needle_held *held = &engine->held[engine->n_held++];
+        held->sequence = -1;
+        fkv_status status = fkv_cache_create(ctx, profiles[i], NULL, &held->cache);
+        status = status ? status : fkv_plan_create(held->cache, &held->plan);
+        if (status) {
+            int code = needle_fail_fkv(error, NEEDLE_FAILED, ctx, status, "cache");
+            needle_engine_close(engine);
+            return code;
+        }
     }
     return NEEDLE_OK;
 }
 
 void needle_engine_close(struct needle_engine *engine) {
-    fkv_plan_destroy(engine->plan);
-    fkv_cache_destroy(engine->cache);
+    for (size_t i = 0; i < engine->n_held; i++) {
+        fkv_plan_destroy(engine->held[i].plan);
+        fkv_cache_destroy(engine->held[i].cache);
+    }
     free_activations(engine);
-    *engine = (struct needle_engine){.sequence = -1};
+    *engine = (struct needle_engine){0};
 }
 
-int needle_engine_begin(struct needle_engine *engine, int64_t period, struct needle_error *error) {
+int needle_engine_begin(struct needle_engine *engine, size_t index, int64_t period,
+                        struct needle_error *error) {
+    struct needle_held *held = &engine->held[index];
     fkv_status status = FKV_OK;
-    if (engine->sequence >= 0) {
-        status = fkv_sequence_free(engine->cache, engine->sequence);
-        engine->sequence = -1;
+    if (held->sequence >= 0) {
+        status = fkv_sequence_free(held->cache, held->sequence);
+        held->sequence = -1;
     }
     fkv_sequence_params params;
     fkv_sequence_params_init(&params, sizeof params);
     params.period = period;
-    status = status ? status : fkv_sequence_create(engine->cache, &params, &engine->sequence);
+    status = status ? status : fkv_sequence_create(held->cache, &params, &held->sequence);
     return status ? needle_fail_fkv(error, NEEDLE_FAILED, engine->ctx, status, "sequence")
                   : NEEDLE_OK;
 }
@@ -263,16 +291,16 @@ int needle_engine_begin(struct needle_engine *engine, int64_t period, struct nee
 int needle_engine_branch(struct needle_engine *engine, fkv_sequence *whole,
                          struct needle_error *error) {
     fkv_sequence fork;
-    fkv_status status = fkv_sequence_fork(engine->cache, engine->sequence, &fork);
+    fkv_status status = fkv_sequence_fork(engine->now->cache, engine->now->sequence, &fork);
     if (status) {
         return needle_fail_fkv(error, NEEDLE_FAILED, engine->ctx, status, "fork");
     }
-    *whole = engine->sequence;
-    engine->sequence = fork;
+    *whole = engine->now->sequence;
+    engine->now->sequence = fork;
     return NEEDLE_OK;
 }
 
 void needle_engine_return(struct needle_engine *engine, fkv_sequence whole) {
-    fkv_sequence_free(engine->cache, engine->sequence);
-    engine->sequence = whole;
+    fkv_sequence_free(engine->now->cache, engine->now->sequence);
+    engine->now->sequence = whole;
 }

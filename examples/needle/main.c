@@ -5,11 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "calibrate.h"
 #include "engine.h"
 #include "options.h"
+#include "profiles.h"
 #include "report.h"
 #include "run.h"
 
@@ -20,8 +20,8 @@ struct program {
     struct needle_words words;
     struct needle_model model;
     fkv_context *ctx;
-    fkv_profile *profile;
-    fkv_profile_info info;
+    fkv_profile *profiles[NEEDLE_MAX_PROFILES];
+    fkv_profile_info infos[NEEDLE_MAX_PROFILES];
     FILE *logits;
     struct needle_error error;
 };
@@ -50,81 +50,6 @@ static int open_logits(struct program *p) {
                                    strerror(errno));
 }
 
-static int check_profile(struct program *p, const char *path) {
-    fkv_model_params params;
-    needle_model_params(&p->model, &params);
-    params.model_id = NULL;
-    fkv_status status = fkv_profile_match(p->profile, &params);
-    if (status) {
-        char reason[256] = "";
-        fkv_context_message(p->ctx, reason, sizeof reason, NULL);
-        return needle_fail(&p->error, NEEDLE_BAD_INPUT,
-                           "%s: a profile of another model than %s: %s", path, p->options.model,
-                           reason);
-    }
-    return NEEDLE_OK;
-}
-
-static int load_profile(struct program *p, const char *path) {
-    fkv_status status = fkv_profile_load_file(p->ctx, path, &p->profile);
-    if (status) {
-        int code = status == FKV_ERR_NOMEM ? NEEDLE_FAILED : NEEDLE_BAD_INPUT;
-        return needle_fail_fkv(&p->error, code, p->ctx, status, path);
-    }
-    status = fkv_profile_query(p->profile, &p->info);
-    return status ? needle_fail_fkv(&p->error, NEEDLE_FAILED, p->ctx, status, path)
-                  : check_profile(p, path);
-}
-
-static int load_model_profile(struct program *p) {
-    char path[4096];
-    snprintf(path, sizeof path, "%s/fourier.json", p->options.model);
-    if (access(path, F_OK) != 0) {
-        return needle_fail(&p->error, NEEDLE_BAD_INPUT,
-                           "%s: %s; make it with: fkv-needle --model %s --calibrate %s", path,
-                           strerror(errno), p->options.model, path);
-    }
-    return load_profile(p, path);
-}
-
-static int create_exact_profile(struct program *p) {
-    fkv_model_params params;
-    needle_model_params(&p->model, &params);
-    fkv_codec_params codec;
-    fkv_codec_params_init(&codec, sizeof codec);
-    codec.storage_dtype = p->options.storage;
-    codec.domain = FKV_DOMAIN_UNROTATED;
-    fkv_status status =
-        p->options.longcache
-            ? fkv_profile_create_uniform(p->ctx, &params, &codec, FKV_CHANNEL_EXACT, &p->profile)
-            : fkv_profile_create_exact(p->ctx, &params, p->options.storage, &p->profile);
-    return status ? needle_fail_fkv(&p->error, NEEDLE_FAILED, p->ctx, status, "exact profile")
-                  : NEEDLE_OK;
-}
-
-static int create_uniform_profile(struct program *p) {
-    fkv_model_params params;
-    fkv_codec_params codec;
-    int bits = 0;
-    needle_model_params(&p->model, &params);
-    fkv_codec_params_init(&codec, sizeof codec);
-    /* the parser of options has seen that these are numbers */
-    sscanf(p->options.profile, "uniform:%d:%d", &bits, &codec.group);
-    codec.domain = strstr(p->options.profile, ":unrotated") ? FKV_DOMAIN_UNROTATED : codec.domain;
-    fkv_status status = fkv_profile_create_uniform(p->ctx, &params, &codec, bits, &p->profile);
-    status = status ? status : fkv_profile_query(p->profile, &p->info);
-    return status ? needle_fail_fkv(&p->error, NEEDLE_BAD_INPUT, p->ctx, status, p->options.profile)
-                  : NEEDLE_OK;
-}
-
-static int make_profile(struct program *p) {
-    p->info.struct_size = sizeof p->info;
-    return !strncmp(p->options.profile, "uniform:", 8) ? create_uniform_profile(p)
-           : !strcmp(p->options.profile, "exact")      ? create_exact_profile(p)
-           : !strcmp(p->options.profile, "fourier")    ? load_model_profile(p)
-                                                       : load_profile(p, p->options.profile);
-}
-
 /* Half of the scope for the newest tokens, the rest for spans and the first tokens. */
 static int select_tokens(struct program *p, struct needle_engine *engine, size_t *chunk) {
     const int32_t window = p->model.config.trained_window;
@@ -135,7 +60,7 @@ static int select_tokens(struct program *p, struct needle_engine *engine, size_t
     select.clip = (scope - select.n_local - select.n_global) / select.span;
     select.chunk = select.chunk < select.n_local ? select.chunk : select.n_local;
     *chunk = *chunk ? *chunk : (size_t)select.chunk;
-    fkv_status status = fkv_plan_select(engine->plan, &select);
+    fkv_status status = fkv_plan_select(engine->now->plan, &select);
     return status ? needle_fail_fkv(&p->error, NEEDLE_BAD_INPUT, p->ctx, status, "--longcache")
                   : NEEDLE_OK;
 }
@@ -159,29 +84,55 @@ static int make_item(struct program *p, size_t index, struct needle_item *item) 
     }
 }
 
-static int ask(struct program *p, struct needle_run *run, struct needle_report *report) {
+static int ask(struct program *p, struct needle_run *run, struct needle_report *reports) {
     const struct needle_options *o = &p->options;
     int code = NEEDLE_OK;
     for (size_t i = 0; i < o->items && !code; i++) {
         struct needle_item item;
-        struct needle_result result = {0};
         char label[64];
         snprintf(label, sizeof label, "item %zu of %zu, prefill", i + 1, o->items);
         run->label = label;
         code = make_item(p, i, &item);
-        code = code ? code : needle_run_item(run, &item, &result, &p->error);
-        code = code ? code : needle_report_item(report, &item, &result, &p->error);
-        needle_result_free(&result);
+        code = code ? code : needle_run_read(run, &item, &p->error);
+        for (size_t k = 0; k < o->n_profiles && !code; k++) {
+            struct needle_result result = {0};
+            code = needle_run_ask(run, &item, k, &result, &p->error);
+            code = code ? code : needle_report_item(&reports[k], &item, &result, &p->error);
+            needle_result_free(&result);
+        }
         needle_item_free(&item);
     }
     return code;
 }
 
+/* Also of what was done before an interruption. */
+static int summarize(struct program *p, const struct needle_report *reports, int code) {
+    struct needle_error ignored;
+    for (size_t k = 0; k < p->options.n_profiles; k++) {
+        if (!code || (code == NEEDLE_INTERRUPTED && reports[k].items)) {
+            int failed = needle_report_summary(&reports[k], code ? &ignored : &p->error);
+            code = code ? code : failed;
+        }
+    }
+    return code;
+}
+
+static int open_engine(struct program *p, struct needle_engine *engine) {
+    const struct needle_options *o = &p->options;
+    int code = NEEDLE_OK;
+    for (size_t k = 0; k < o->n_profiles && !code; k++) {
+        code = needle_profile_make(o, o->profiles[k], &p->model, p->ctx, &p->profiles[k],
+                                   &p->infos[k], &p->error);
+    }
+    code = code ? code : open_logits(p);
+    return code ? code
+                : needle_engine_open(engine, &p->model, p->ctx, p->profiles, o->n_profiles,
+                                     &p->error);
+}
+
 static int ask_all(struct program *p) {
     struct needle_engine engine;
-    int code = make_profile(p);
-    code = code ? code : open_logits(p);
-    code = code ? code : needle_engine_open(&engine, &p->model, p->ctx, p->profile, &p->error);
+    int code = open_engine(p, &engine);
     if (code) {
         return code;
     }
@@ -189,20 +140,18 @@ static int ask_all(struct program *p) {
                              .task = p->options.task,
                              .chunk = p->options.chunk,
                              .together = p->options.together,
-                             .n_sink = p->info.n_sink,
-                             .n_local = p->info.n_local,
+                             .profiles = p->infos,
                              .logits = p->logits,
                              .logits_path = p->options.logits};
-    struct needle_report report = {.options = &p->options};
+    struct needle_report reports[NEEDLE_MAX_PROFILES];
+    for (size_t k = 0; k < p->options.n_profiles; k++) {
+        reports[k] = (struct needle_report){&p->options, .profile = p->options.profiles[k]};
+    }
     if (p->options.longcache) {
         code = select_tokens(p, &engine, &run.chunk);
     }
-    code = code ? code : ask(p, &run, &report);
-    if (!code || (code == NEEDLE_INTERRUPTED && report.items)) {
-        struct needle_error ignored;
-        int failed = needle_report_summary(&report, code ? &ignored : &p->error);
-        code = code ? code : failed;
-    }
+    code = code ? code : ask(p, &run, reports);
+    code = summarize(p, reports, code);
     needle_engine_close(&engine);
     return code;
 }
@@ -247,7 +196,9 @@ static int release(struct program *p, int code) {
     if ((fflush(stdout) != 0 || ferror(stdout)) && !code) {
         code = needle_fail(&p->error, NEEDLE_FAILED, "standard output could not be written");
     }
-    fkv_profile_destroy(p->profile);
+    for (size_t k = 0; k < p->options.n_profiles; k++) {
+        fkv_profile_destroy(p->profiles[k]);
+    }
     fkv_context_destroy(p->ctx);
     needle_words_free(&p->words);
     needle_text_free(&p->text);

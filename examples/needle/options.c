@@ -31,7 +31,9 @@ const char needle_usage[] =
     "  --profile P         exact (default), fourier (the model folder's fourier.json),\n"
     "                      uniform:BITS[:GROUP] (all channels alike, without carriers; tokens of "
     "a\n"
-    "                      group 64 or 128), or a file\n"
+    "                      group 64 or 128), or a file. May be given several times: the context "
+    "is\n"
+    "                      read once, by exact attention, and each profile's cache is asked\n"
     "  --storage T         f32, f16 (default) or bf16: the type of the exact profile\n"
     "  --chunk N           tokens per step of the prefill (default: all in one, which makes\n"
     "                      attention within the context exact)\n"
@@ -166,7 +168,11 @@ static int parse_share(const struct argument *a, double *out) {
 static int parse_profile(const struct argument *a, struct needle_options *o) {
     static const char digits[] = "0123456789", prefix[] = "uniform:";
     const char *p = a->value + sizeof prefix - 1;
-    o->profile = a->value;
+    if (o->n_profiles == NEEDLE_MAX_PROFILES) {
+        return needle_fail(a->error, NEEDLE_BAD_INPUT, "--%s: at most %d profiles", a->name,
+                           NEEDLE_MAX_PROFILES);
+    }
+    o->profiles[o->n_profiles++] = a->value;
     if (strncmp(a->value, prefix, sizeof prefix - 1) != 0) {
         return NEEDLE_OK;
     }
@@ -319,16 +325,36 @@ static int check_given(const bool *given, const struct needle_options *o,
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--together is for task niah, without --depth and --distractors");
     }
+    return NEEDLE_OK;
+}
+
+static bool has_profile(const struct needle_options *o, const char *name) {
+    for (size_t i = 0; i < o->n_profiles; i++) {
+        if (!strcmp(o->profiles[i], name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* What does not go together in "How the cache holds it". */
+static int check_holding(const bool *given, const struct needle_options *o,
+                         struct needle_error *error) {
     if (o->scope && !o->longcache) {
         return needle_fail(error, NEEDLE_BAD_INPUT, "--scope has no effect without --longcache");
     }
-    if (o->longcache && !strcmp(o->profile, "fourier")) {
+    if (o->longcache && has_profile(o, "fourier")) {
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--longcache needs unrotated keys, which --profile fourier has not");
     }
-    if (given[OPT_STORAGE - OPT_MODEL] && strcmp(o->profile, "exact") != 0) {
+    if (given[OPT_STORAGE - OPT_MODEL] && !has_profile(o, "exact")) {
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--storage is for --profile exact; other profiles say it themselves");
+    }
+    if (o->n_profiles > 1 && (o->chunk || o->longcache || o->logits)) {
+        return needle_fail(error, NEEDLE_BAD_INPUT,
+                           "--chunk, --longcache and --logits are for one --profile: several share "
+                           "what exact attention reads in one step");
     }
     return NEEDLE_OK;
 }
@@ -348,7 +374,6 @@ int needle_options_parse(int argc, char **argv, struct needle_options *options,
                          struct needle_error *error) {
     bool given[OPT_VERSION - OPT_MODEL + 1] = {false};
     *options = (struct needle_options){.model = FKV_SOURCE_ROOT "/examples/models/needle-13m",
-                                       .profile = "exact",
                                        .storage = FKV_DTYPE_F16,
                                        .task_name = "niah",
                                        .context = 8192,
@@ -382,5 +407,9 @@ int needle_options_parse(int argc, char **argv, struct needle_options *options,
     if (!strcmp(options->task_name, "multikey") && !given[OPT_DISTRACTORS - OPT_MODEL]) {
         options->distractors = NEEDLE_MULTIKEY;
     }
-    return check_given(given, options, error);
+    if (!options->n_profiles) {
+        options->profiles[options->n_profiles++] = "exact";
+    }
+    int code = check_given(given, options, error);
+    return code ? code : check_holding(given, options, error);
 }

@@ -3,11 +3,13 @@
 #ifndef NEEDLE_OPTIONS_H
 #define NEEDLE_OPTIONS_H
 
+#include "engine.h"
 #include "tasks.h"
 
 struct needle_options {
     const char *model;
-    const char *profile; /* "exact", "fourier", or a file */
+    const char *profiles[NEEDLE_MAX_PROFILES]; /* "exact", "fourier", "uniform:..", or files */
+    size_t n_profiles;
     fkv_dtype storage;
     const char *text; /* NULL: the project's documentation */
     const char *logits;

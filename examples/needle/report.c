@@ -38,7 +38,8 @@ static bool is_forced(const struct needle_options *o) {
 static void print_item(const struct needle_report *report, const struct needle_item *item,
                        const struct needle_result *r) {
     const struct needle_options *o = report->options;
-    printf("item %zu of %zu: %s, %zu tokens", report->items, o->items, o->task_name, o->context);
+    printf("item %zu of %zu: %s, %zu tokens, profile %s", report->items, o->items, o->task_name,
+           o->context, report->profile);
     if (o->task == NEEDLE_TASK_TEXT) {
         printf("\n  %.4f bits per byte, %.3f of the bytes right\n", r->bits_per_byte,
                r->byte_accuracy);
@@ -88,12 +89,13 @@ static int add_task_keys(json_t *object, const struct needle_options *o, double 
 static json_t *item_json(const struct needle_report *report, const struct needle_item *item,
                          const struct needle_result *r) {
     const struct needle_options *o = report->options;
-    json_t *object = json_pack(
-        "{s:I, s:s, s:I, s:f, s:f, s:f, s:I, s:I, s:f, s:I}", "item", (json_int_t)report->items,
-        "task", o->task_name, "context", (json_int_t)o->context, "depth", item->depth, "prefill_s",
-        r->prefill_s, "decode_ms_per_token", ms_per_token(r->decode_tokens, r->decode_s),
-        "kv_bytes", (json_int_t)r->kv_bytes, "dense_bytes", (json_int_t)r->dense_bytes, "ratio",
-        r->ratio, "peak_rss_bytes", (json_int_t)r->peak_rss_bytes);
+    json_t *object =
+        json_pack("{s:I, s:s, s:s, s:I, s:f, s:f, s:f, s:I, s:I, s:f, s:I}", "item",
+                  (json_int_t)report->items, "task", o->task_name, "profile", report->profile,
+                  "context", (json_int_t)o->context, "depth", item->depth, "prefill_s",
+                  r->prefill_s, "decode_ms_per_token", ms_per_token(r->decode_tokens, r->decode_s),
+                  "kv_bytes", (json_int_t)r->kv_bytes, "dense_bytes", (json_int_t)r->dense_bytes,
+                  "ratio", r->ratio, "peak_rss_bytes", (json_int_t)r->peak_rss_bytes);
     int bad = add_task_keys(object, o, r->byte_accuracy, r->bits_per_byte);
     if (o->task != NEEDLE_TASK_TEXT) {
         const uint8_t *t = item->tokens;
@@ -145,7 +147,7 @@ int needle_report_summary(const struct needle_report *report, struct needle_erro
     const double decode_ms = ms_per_token(report->decode_tokens, report->decode_s);
     const uint64_t rss = needle_peak_rss();
     if (!o->json) {
-        printf("%s, %zu tokens, profile %s: ", o->task_name, o->context, o->profile);
+        printf("%s, %zu tokens, profile %s: ", o->task_name, o->context, report->profile);
         if (is_forced(o)) {
             printf("%.4f bits per byte, %.3f of the bytes; ", report->bits_per_byte / n,
                    report->byte_accuracy / n);
@@ -161,7 +163,7 @@ int needle_report_summary(const struct needle_report *report, struct needle_erro
     }
     json_t *object = json_pack(
         "{s:b, s:s, s:s, s:I, s:I, s:o, s:f, s:I, s:I, s:f, s:f, s:I}", "summary", 1, "task",
-        o->task_name, "profile", o->profile, "context", (json_int_t)o->context, "items",
+        o->task_name, "profile", report->profile, "context", (json_int_t)o->context, "items",
         (json_int_t)report->items, "exact", exact(report), "ratio", last->ratio, "kv_bytes",
         (json_int_t)last->kv_bytes, "dense_bytes", (json_int_t)last->dense_bytes, "prefill_s",
         report->prefill_s / n, "decode_ms_per_token", decode_ms, "peak_rss_bytes", (json_int_t)rss);

@@ -8,6 +8,7 @@
 
 struct needle_report {
     const struct needle_options *options;
+    const char *profile;
     /* Sums over the items so far. */
     size_t items;
     size_t right;

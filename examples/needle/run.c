@@ -35,13 +35,22 @@ static int write_logits(const struct needle_run *run, const float *logits, size_
     return NEEDLE_OK;
 }
 
-static int prefill(const struct needle_run *run, const struct needle_item *item,
-                   struct needle_result *result, struct needle_error *error) {
+/* The period that serves best is just above what will have to be coded. */
+static int64_t period(const fkv_profile_info *profile, size_t length) {
+    int64_t coded = (int64_t)length - profile->n_sink - profile->n_local;
+    return coded < 64 ? 64 : (coded + 63) / 64 * 64;
+}
+
+int needle_run_read(struct needle_run *run, const struct needle_item *item,
+                    struct needle_error *error) {
     struct needle_engine *e = run->engine;
-    /* The period that serves best is just above what will have to be coded. */
-    int64_t period = (int64_t)item->length - run->n_sink - run->n_local;
-    period = period < 64 ? 64 : (period + 63) / 64 * 64;
-    int code = needle_engine_begin(e, period, error);
+    int code = NEEDLE_OK;
+    if (run->read) {
+        return code;
+    }
+    for (size_t i = 0; i < e->n_held && !code; i++) {
+        code = needle_engine_begin(e, i, period(&run->profiles[i], item->length), error);
+    }
     if (code) {
         return code;
     }
@@ -51,8 +60,9 @@ static int prefill(const struct needle_run *run, const struct needle_item *item,
     e->progress = &progress;
     code = needle_engine_prefill(e, item->tokens, item->question, run->chunk, error);
     e->progress = NULL;
-    result->prefill_s = needle_seconds() - progress.start;
-    result->prefill_tokens = item->question;
+    run->prefill_s = needle_seconds() - progress.start;
+    run->prefill_tokens = item->question;
+    run->read = run->together && !code;
     needle_progress_end(&progress);
     return code;
 }
@@ -114,7 +124,8 @@ static void judge(enum needle_task task, const uint8_t *expected, struct needle_
 static int measure(const struct needle_run *run, struct needle_result *result,
                    struct needle_error *error) {
     fkv_stats stats = {.struct_size = sizeof stats};
-    fkv_status status = fkv_cache_stats(run->engine->cache, run->engine->sequence, &stats);
+    fkv_status status =
+        fkv_cache_stats(run->engine->now->cache, run->engine->now->sequence, &stats);
     if (status) {
         return needle_fail_fkv(error, NEEDLE_FAILED, run->engine->ctx, status, "cache statistics");
     }
@@ -125,20 +136,19 @@ static int measure(const struct needle_run *run, struct needle_result *result,
     return NEEDLE_OK;
 }
 
-int needle_run_item(struct needle_run *run, const struct needle_item *item,
-                    struct needle_result *result, struct needle_error *error) {
+int needle_run_ask(struct needle_run *run, const struct needle_item *item, size_t index,
+                   struct needle_result *result, struct needle_error *error) {
     const size_t vocab = (size_t)run->engine->model->config.vocab_size;
-    *result = (struct needle_result){.expected = item->length - item->prompt};
+    run->engine->now = &run->engine->held[index];
+    *result = (struct needle_result){.expected = item->length - item->prompt,
+                                     .prefill_tokens = run->prefill_tokens,
+                                     .prefill_s = run->prefill_s};
     result->answer = malloc(result->expected);
     float *logits = needle_alloc(result->expected, vocab * sizeof *logits);
     fkv_sequence whole = -1;
     int code = result->answer && logits
                    ? NEEDLE_OK
                    : needle_fail(error, NEEDLE_FAILED, "out of memory for the answer");
-    if (!code && !run->read) {
-        code = prefill(run, item, result, error);
-        run->read = run->together && !code;
-    }
     if (!code && run->together) {
         code = needle_engine_branch(run->engine, &whole, error);
     }

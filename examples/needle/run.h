@@ -27,23 +27,31 @@ struct needle_result {
 struct needle_run {
     struct needle_engine *engine;
     enum needle_task task;
-    bool together;   /* items differ in their questions only: the first one's context serves all */
-    bool read;       /* and is in the engine's sequence */
-    size_t chunk;    /* of the prefill; 0: the whole context */
-    int64_t n_sink;  /* of the profile */
-    int64_t n_local; /* of the profile */
-    FILE *logits;    /* may be NULL */
+    bool together; /* items differ in their questions only: the first one's context serves all */
+    bool read;     /* and is in the engine's sequences */
+    size_t chunk;  /* of the prefill; 0: the whole context */
+    const fkv_profile_info *profiles; /* of what the engine holds */
+    FILE *logits;                     /* may be NULL */
     const char *logits_path;
-    const char *label; /* of the progress bar */
+    const char *label;     /* of the progress bar */
+    size_t prefill_tokens; /* of the context that was read last */
+    double prefill_s;
 };
 
 /*
- * Begins a new sequence, fills it with the context, and only then shows the question. niah: the answer is
- * generated greedily. copy and text: the right answer is given token by token and every prediction
- * compared. result->answer is freed with needle_result_free().
+ * Begins new sequences and fills them with the context, which does not show the question. Nothing to do if
+ * all items share one context and it has been read.
  */
-int needle_run_item(struct needle_run *run, const struct needle_item *item,
-                    struct needle_result *result, struct needle_error *error);
+int needle_run_read(struct needle_run *run, const struct needle_item *item,
+                    struct needle_error *error);
+
+/*
+ * Puts the question to what the engine holds under profile `index`. niah: the answer is generated
+ * greedily. copy and text: the right answer is given token by token and every prediction compared.
+ * result->answer is freed with needle_result_free().
+ */
+int needle_run_ask(struct needle_run *run, const struct needle_item *item, size_t index,
+                   struct needle_result *result, struct needle_error *error);
 void needle_result_free(struct needle_result *result);
 
 #endif

@@ -43,14 +43,14 @@ static float *engine_logits(const struct needle_model *m, fkv_dtype storage, con
     assert_int_equal(fkv_context_create(&context_params, &ctx), FKV_OK);
     needle_model_params(m, &params);
     assert_int_equal(fkv_profile_create_exact(ctx, &params, storage, &profile), FKV_OK);
-    assert_int_equal(needle_engine_open(&engine, m, ctx, profile, &error), NEEDLE_OK);
+    assert_int_equal(needle_engine_open(&engine, m, ctx, &profile, 1, &error), NEEDLE_OK);
     float *logits = malloc(n * vocab_of(m) * sizeof *logits);
     assert_non_null(logits);
     /* A sequence before it must leave no trace. */
-    assert_int_equal(needle_engine_begin(&engine, 0, &error), NEEDLE_OK);
+    assert_int_equal(needle_engine_begin(&engine, 0, 0, &error), NEEDLE_OK);
     assert_int_equal(needle_engine_prefill(&engine, (const uint8_t *)text, 5, 2, &error),
                      NEEDLE_OK);
-    assert_int_equal(needle_engine_begin(&engine, 0, &error), NEEDLE_OK);
+    assert_int_equal(needle_engine_begin(&engine, 0, 0, &error), NEEDLE_OK);
     for (size_t at = 0, step = 0; at < n; step++) {
         size_t count = steps[step < n_steps ? step : n_steps - 1];
         count = n - at < count ? n - at : count;
