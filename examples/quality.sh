@@ -26,7 +26,7 @@ set -- exact fourier
 for bits in 8 4 3 2; do
     set -- "$@" "uniform:$bits:64:unrotated" "uniform:$bits:64"
 done
-for profile in "$model"/*x.json; do
+for profile in "$model"/calibrated-*.json "$model"/forward-*.json; do
     set -- "$@" "$profile"
 done
 for profile; do

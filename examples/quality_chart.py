@@ -11,8 +11,8 @@ EXACT = 'exact'
 SERIES = (('uniform, before RoPE', 's', lambda p: p.startswith('uniform') and 'unrotated' in p),
           ('uniform, after RoPE', 'v', lambda p: p.startswith('uniform') and 'unrotated' not in p),
           ('FourierAttention, mended', 'D', lambda p: p == 'fourier'),
-          ('calibrated', 'o', lambda p: 'calibrated' in p),
-          ('calibrated without gradients', 'x', lambda p: 'forward' in p))
+          ('calibrated', 'o', lambda p: p.startswith('calibrated')),
+          ('calibrated without gradients', 'x', lambda p: p.startswith('forward')))
 COLUMNS = (('profile', 'profile', '{}'), ('ratio', 'ratio', '{:.2f}'),
            ('bits_per_byte', 'bits per byte', '{:.4f}'),
            ('text_change', 'to exact', '{:+.2f} %'), ('text_error', '+-', '{:.2f} %'),
@@ -21,14 +21,17 @@ COLUMNS = (('profile', 'profile', '{}'), ('ratio', 'ratio', '{:.2f}'),
 
 
 def read(folder):
-    """{task: {profile: [items]}}, profiles by their short names."""
+    """{task: {profile: [items]}}, profiles by their short names; of items that all were asked."""
     found = {}
     for task in TASKS:
+        profiles = found[task] = {}
         with open(os.path.join(folder, f'quality-{task}.jsonl'), encoding='utf-8') as lines:
             for item in map(json.loads, lines):
                 if 'summary' not in item:
-                    name = os.path.splitext(os.path.basename(item['profile']))[0]
-                    found.setdefault(task, {}).setdefault(name, []).append(item)
+                    name = os.path.basename(item['profile']).removesuffix('.json')
+                    profiles.setdefault(name, []).append(item)
+        asked = min(map(len, profiles.values()))
+        found[task] = {name: items[:asked] for name, items in profiles.items()}
     return found
 
 

@@ -104,6 +104,16 @@ static const void *next_codes(const struct fkv_chunk_job *c, int tile, fkv_part 
     return NULL;
 }
 
+/* Scales and zero points lie apart from the codes, where no stream of reads comes by. */
+static void prefetch_next_scales(const struct fkv_chunk_job *c, int tile, fkv_part part) {
+    if (tile + 1 >= c->chunk.tiles)
+        return;
+    const char *scales = (const char *)place_of(c, tile + 1, part).scale;
+    const int bytes = 2 * (int)sizeof(uint16_t) * residuals_of(c, part)->quantised;
+    for (int i = 0; i < bytes; i += 64)
+        __builtin_prefetch(scales + i);
+}
+
 /* ---- waves of tokens at any positions */
 
 /* c[j][t], s[j][t] := scaling * cos, sin of the pairs at positions[t], as products of a turn by a multiple of 64 and
@@ -182,6 +192,7 @@ static void score_rotated(struct fkv_chunk_job *c, int tile) {
     float *s = c->scores + tile * FKV_TILE;
     if (turning)
         score_carriers(c, tile, s);
+    prefetch_next_scales(c, tile, FKV_PART_K);
     if (place.group != c->group) {
         job->kernels->fold(c->folded, u->dim_stride, c->base, q + r->count[FKV_WIDTH_EXACT],
                            u->dim_stride, place.scale, place.zero, r->quantised, u->rows);
@@ -306,6 +317,7 @@ void fkv_coded_weigh(const struct fkv_chunk_job *c, int tile, int first, int row
         c->job->kernels->weigh[fkv_store_of(p->storage_dtype)](to, c->u->dim_stride, weights,
                                                                FKV_CHUNK_TOKENS, place.exact, exact,
                                                                tokens, rows, NULL);
+    prefetch_next_scales(c, tile, FKV_PART_V);
     if (r->quantised)
         c->job->kernels->weigh_packed(to + exact, c->u->dim_stride, weights, FKV_CHUNK_TOKENS,
                                       place.codes, r->count + FKV_WIDTH_8, place.scale, place.zero,

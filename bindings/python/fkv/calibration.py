@@ -31,24 +31,63 @@ CHUNK = 128  #: queries of a step of attention: what a step takes grows with it 
 class _Run:
     """One forward pass: what its attention functions share."""
 
-    def __init__(self, distance: int):
+    def __init__(self, distance: int, gradients: bool):
         self.distance = distance
+        self.gradients = gradients
         self.rope = None  # cos and sin of the positions, [tokens, rotated channels]
+        self.stream = None  # what the layer at hand adds to: its squared norm, [tokens]
         self.layers: dict[int, Any] = {}
 
 
 _run: _Run | None = None
 
 
+def _scores(q, k, first, scale):
+    """Causal scores of queries [Hk, G, n, D] from token `first` on with keys [Hk, first + n, D]."""
+    import torch
+    n = q.shape[2]
+    s = torch.einsum('hgtd,hsd->hgts', q * scale, k)
+    s[..., first:] += torch.full((n, n), float('-inf'), device=q.device, dtype=q.dtype).triu(1)
+    return s
+
+
+def _far_pairs(tokens, first, distance, device):
+    """Which of the keys [first + n] the queries from `first` on, in chunks, are `distance` behind."""
+    import torch
+    return (torch.arange(first, tokens, device=device)[:, None]
+            - torch.arange(tokens, device=device)[None]) >= distance
+
+
+def _estimating_attention(q, k, v, scale, distance, weight, stream, keep):
+    """Causal attention; keeps how much an error in each channel moves what the layer adds.
+
+    A change of v(s) moves a head's output by p(t, s) times it, one of k(s) by p(t, s) q(t) (v(s) - o(t));
+    `weight`, [Hk, G, D, hidden], takes that to the hidden state, whose squared norm, `stream`, is the measure
+    of what matters to the layers behind. Squares are summed over queries t that are far from s.
+    """
+    import torch
+    out = torch.empty_like(q)
+    mean_k, mean_v = torch.zeros_like(k), torch.zeros_like(v)
+    gram = weight @ weight.transpose(-1, -2)
+    own = gram.diagonal(dim1=-2, dim2=-1)
+    value_norm = torch.einsum('hsd,hgde,hse->hgs', v, gram, v)
+    for a in range(0, q.shape[2], CHUNK):
+        b = min(a + CHUNK, q.shape[2])
+        p = _scores(q[:, :, a:b], k[:, :b], a, scale).softmax(-1)
+        o = out[:, :, a:b] = torch.einsum('hgts,hsd->hgtd', p, v[:, :b])
+        moved = torch.einsum('hgtd,hgde->hgte', o, gram)
+        gap = (value_norm[:, :, None, :b] - 2 * torch.einsum('hgte,hse->hgts', moved, v[:, :b])
+               + (moved * o).sum(-1)[..., None]).clamp_(min=0)
+        p = p.square_() * _far_pairs(b, a, distance, q.device) / stream[a:b, None]
+        mean_v[:, :b] += torch.einsum('hgts,hgd->hsd', p, own)
+        mean_k[:, :b] += torch.einsum('hgts,hgtd->hsd', p * gap, (q[:, :, a:b] * scale) ** 2)
+    keep['grad_k'], keep['grad_v'] = mean_k.sqrt(), mean_v.sqrt()
+    return out
+
+
 def _attention_class():
     """Causal attention with a backward pass that keeps apart what far queries do to keys and values."""
     import torch
-
-    def scores(q, k, first, scale):
-        n = q.shape[2]
-        s = torch.einsum('hgtd,hsd->hgts', q * scale, k)
-        s[..., first:] += torch.full((n, n), float('-inf'), device=q.device, dtype=q.dtype).triu(1)
-        return s
 
     class Attention(torch.autograd.Function):
         """q [Hk, G, T, D], k and v [Hk, T, D], rotated, float32."""
@@ -59,7 +98,7 @@ def _attention_class():
             lse = q.new_empty(q.shape[:3])
             for a in range(0, q.shape[2], CHUNK):
                 b = min(a + CHUNK, q.shape[2])
-                s = scores(q[:, :, a:b], k[:, :b], a, scale)
+                s = _scores(q[:, :, a:b], k[:, :b], a, scale)
                 lse[:, :, a:b] = s.logsumexp(-1)
                 p = (s - lse[:, :, a:b, None]).exp_()
                 out[:, :, a:b] = torch.einsum('hgts,hsd->hgtd', p, v[:, :b])
@@ -77,14 +116,12 @@ def _attention_class():
             for a in range(0, q.shape[2], CHUNK):
                 b = min(a + CHUNK, q.shape[2])
                 qs, g = q[:, :, a:b] * scale, grad[:, :, a:b]
-                p = (scores(q[:, :, a:b], k[:, :b], a, scale) - lse[:, :, a:b, None]).exp_()
+                p = (_scores(q[:, :, a:b], k[:, :b], a, scale) - lse[:, :, a:b, None]).exp_()
                 ds = torch.einsum('hgtd,hsd->hgts', g, v[:, :b])
                 ds = ds.sub_(delta[:, :, a:b, None]).mul_(p)
                 dq[:, :, a:b] = torch.einsum('hgts,hsd->hgtd', ds, k[:, :b]) * scale
                 c = max(0, a - distance + 1)  # before it all pairs of this chunk are far
-                age = (torch.arange(a, b, device=q.device)[:, None]
-                       - torch.arange(c, b, device=q.device)[None])
-                near = age < distance
+                near = ~_far_pairs(b, a, distance, q.device)[:, c:]
                 near_k[:, c:b] += torch.einsum('hgts,hgtd->hsd', ds[..., c:] * near, qs)
                 near_v[:, c:b] += torch.einsum('hgts,hgtd->hsd', p[..., c:] * near, g)
                 ds[..., c:] *= ~near
@@ -110,8 +147,12 @@ def _attention(module, query, key, value, attention_mask=None, scaling=None, sli
     q, k, v = query[0].float(), key[0].float(), value[0].float()
     scale = dim ** -0.5 if scaling is None else scaling
     keep = _run.layers[module.layer_idx] = {'q': q.detach(), 'k': k.detach(), 'v': v.detach()}
-    out = _attention_class().apply(q.view(kv_heads, heads // kv_heads, tokens, dim), k, v, scale,
-                                   _run.distance, keep)
+    q = q.view(kv_heads, heads // kv_heads, tokens, dim)
+    if _run.gradients:
+        out = _attention_class().apply(q, k, v, scale, _run.distance, keep)
+    else:
+        weight = module.o_proj.weight.float().t().view(*q.shape[:2], dim, -1)
+        out = _estimating_attention(q, k, v, scale, _run.distance, weight, _run.stream, keep)
     out = out.view(1, heads, tokens, dim).transpose(1, 2)
     return out.to(query.dtype), None
 
@@ -130,6 +171,15 @@ def _unrotate(x, rope, gradient: bool):
     return torch.cat([y, rest], -1)
 
 
+def _pair_means(x, rope):
+    """Root mean squares of RoPE pairs: positions turn the channels of a pair into one another."""
+    import torch
+    width = rope[0].shape[-1]
+    a, b, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
+    pair = ((a.square() + b.square()) / 2).sqrt()
+    return torch.cat([pair, pair, rest], -1)
+
+
 @contextlib.contextmanager
 def calibrating(model) -> Iterator[None]:
     """The model with our attention, its weights without gradients; as it was afterwards."""
@@ -144,12 +194,17 @@ def calibrating(model) -> Iterator[None]:
         _run.rope = tuple(x[0].detach().float() for x in output)
 
     def want_gradients(module, inputs, output):
-        return output.requires_grad_()
+        return output.requires_grad_() if _run.gradients else output
+
+    def keep_stream(module, inputs):
+        _run.stream = inputs[0][0].detach().float().square().sum(-1)
 
     before, training = model.config._attn_implementation, model.training
     wanted = [p.requires_grad for p in model.parameters()]
     hooks = [rotary[0].register_forward_hook(keep_rope),
              model.get_input_embeddings().register_forward_hook(want_gradients)]
+    hooks += [m.register_forward_pre_hook(keep_stream) for m in model.modules()
+              if hasattr(m, 'self_attn')]
     try:
         model.requires_grad_(False)
         model.eval()
@@ -182,7 +237,7 @@ def _loss(logits, ids, weights, labels: str, generator):
 
 
 def observe(calibrator: Calibrator, model, ids: Any, weights: Any = None, *, codec: CodecParams,
-            labels: str = 'text', generator=None) -> float:
+            labels: str = 'text', gradients: bool = True, generator=None) -> float:
     """Adds one window of token ids to a calibrator; returns the mean loss of its tokens.
 
     weights: factor on the loss of each token, [tokens]. Call it within calibrating(model).
@@ -198,17 +253,19 @@ def observe(calibrator: Calibrator, model, ids: Any, weights: Any = None, *, cod
     last = len(ids) - distance
     if last <= codec.n_sink:
         raise ValueError(f'a window of {len(ids)} tokens: more than {codec.n_sink + distance} needed')
-    _run = _Run(distance)
+    _run = _Run(distance, gradients)
     try:
-        with torch.enable_grad():
+        with torch.set_grad_enabled(gradients):
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
             loss = _loss(logits, ids, weights, labels, generator)
-            loss.backward()
+            if gradients:
+                loss.backward()
         rope = _run.rope
         for layer, keep in sorted(_run.layers.items()):
             part = slice(codec.n_sink, last)
             k, q = (_unrotate(keep[name], rope, False) for name in ('k', 'q'))
-            grad_k = _unrotate(keep['grad_k'], rope, True)
+            grad_k = (_unrotate(keep['grad_k'], rope, True) if gradients
+                      else _pair_means(keep['grad_k'], rope))
             arrays = [x[:, part].transpose(0, 1).contiguous().cpu()
                       for x in (k, keep['v'], grad_k, keep['grad_v'], q)]
             calibrator.observe_gradients(layer, *arrays)
@@ -259,13 +316,15 @@ def windows_of(texts: Iterable[Any], tokenizer: Any, window: int) -> list[tuple]
 
 def gather(model, texts: Iterable[Any], *, tokenizer: Any = None, context: Context | None = None,
            params: ModelParams | None = None, codec: CodecParams | None = None, window: int = 4096,
-           max_windows: int | None = None, labels: str = 'text', seed: int = 0,
-           progress: bool | None = None) -> Calibrator:
+           max_windows: int | None = None, labels: str = 'text', gradients: bool = True,
+           seed: int = 0, progress: bool | None = None) -> Calibrator:
     """Observes texts; the calibrator can be allocated from more than once, saved and merged.
 
     window       tokens of a forward and backward pass; as long as the contexts to come, if memory lets
     labels       'text': the gradients of the loss; 'model': of the loss on tokens that the model itself
                  draws (the Fisher matrix, without the text's surprises); 'both': their sum
+    gradients    False: no backward pass; instead of the loss, how much an error moves what the layer adds to
+                 the hidden state, which is worse (docs/calibration.md)
     """
     import torch
     if labels not in ('text', 'model', 'both'):
@@ -282,7 +341,7 @@ def gather(model, texts: Iterable[Any], *, tokenizer: Any = None, context: Conte
     with calibrating(model):
         for i, (ids, weights) in enumerate(windows):
             loss = observe(calibrator, model, ids, weights, codec=codec, labels=labels,
-                           generator=generator)
+                           gradients=gradients, generator=generator)
             bar.step(i + 1, loss)
     return calibrator
 

@@ -141,16 +141,20 @@ def main() -> None:
     parser.add_argument('--output', type=pathlib.Path, default=HERE, help='folder')
     parser.add_argument('--statistics', type=pathlib.Path, help='also write what was gathered')
     parser.add_argument('--labels', default='text', choices=('text', 'model', 'both'))
+    parser.add_argument('--no-gradients', action='store_true',
+                        help='only forward passes; writes forward-12x.json and so on')
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     mixer = Mixer(read_corpus(), args.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.float32)
     params = fkv.model_params(HERE)
+    kind = 'forward' if args.no_gradients else 'calibrated'
     begin = time.time()
     texts = [mixer.window(args.window) for _ in range(args.windows)]
     with fkv.Context(threads=1) as context:
         calibrator = calibration.gather(model, texts, context=context, params=params,
-                                        labels=args.labels, progress=True)
+                                        labels=args.labels, gradients=not args.no_gradients,
+                                        progress=True)
         if args.statistics:
             args.statistics.write_bytes(calibrator.dumps())
         for ratio in RATIOS:
@@ -158,7 +162,7 @@ def main() -> None:
             levels = (0, 2, 3, 4, 8) if ratio < 8 else (0, 2, 4)
             profile, result = calibrator.allocate(fkv.AllocationParams(
                 value=ratio, tokens=8192, levels=sum(1 << bits for bits in levels)))
-            path = args.output / f'calibrated-{ratio}x.json'
+            path = args.output / f'{kind}-{ratio}x.json'
             profile.save(path)
             print(f'{path.name}: {result.ratio:.2f}x, {result.bits:.3f} bits per element, '
                   f'predicted loss {result.predicted_loss:.4f}')
