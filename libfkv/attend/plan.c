@@ -41,6 +41,7 @@ static void free_contents(struct fkv_plan_object *plan) {
     fkv_heap_free(heap, plan->work.scratches, plan->work.bytes[2]);
     if (plan->longcache)
         fkv_heap_free(heap, plan->longcache, plan->longcache->bytes);
+    fkv_meter_free(plan);
 }
 
 void fkv_plan_free(struct fkv_plan_object *plan) {
@@ -276,6 +277,8 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
         status = take_workspace(&next, plan);
     }
     if (!device && status == FKV_OK)
+        status = fkv_meter_set(&next);
+    if (!device && status == FKV_OK)
         status = fkv_longcache_set(&next, plan);
     if (!device && status == FKV_OK)
         status = fkv_plan_set_turns(plan, &next);
@@ -295,6 +298,7 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     plan->sin = next.sin;
     plan->positions = next.positions;
     plan->work = next.work;
+    plan->meter = next.meter;
     plan->longcache = next.longcache;
     return device ? fkv_device_plan_finish(plan) : FKV_OK;
 }
@@ -369,6 +373,17 @@ static fkv_status make_room(struct fkv_plan_object *plan, int layer) {
     return status;
 }
 
+static void seal(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+                 struct fkv_coding_room *room, const struct fkv_view *q) {
+    struct fkv_cache_object *cache = plan->cache;
+    const int64_t first = row->seq->layers[layer].n_coded, until = room->until;
+    if (cache->meter)
+        fkv_meter_exact(plan, row, layer, q, until);
+    fkv_layer_seal(cache, row->seq, layer, room);
+    if (cache->meter)
+        fkv_meter_coded(plan, row, layer, q, first);
+}
+
 fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
                            const struct fkv_view *k, const struct fkv_view *v,
                            const struct fkv_view *out, const struct fkv_view *lse) {
@@ -399,7 +414,7 @@ fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct
             continue;
         fkv_layer_open_segments(cache, row->seq, layer, room);
         ops->code(plan, row, layer, room);
-        fkv_layer_seal(cache, row->seq, layer, room);
+        seal(plan, row, layer, room, q);
     }
     return FKV_OK;
 }

@@ -29,6 +29,7 @@ struct fkv_row {
     int heads_per_unit; /* KV heads that share a unit */
     int64_t blocks;     /* row blocks of a KV head */
     int64_t first_unit;
+    int64_t first_slot; /* of its blocks in the meter's work */
     /* set by each attend */
     int64_t n_chunks;
     int64_t first_item; /* of its (unit, head, chunk) items */
@@ -55,6 +56,7 @@ struct fkv_turns {
     int64_t shift;
 };
 struct fkv_device_plan;
+struct fkv_meter_work;
 
 struct fkv_plan_object {
     _Atomic int busy;
@@ -69,6 +71,7 @@ struct fkv_plan_object {
     int32_t *positions; /* [tokens]; of calibrated profiles only */
     struct fkv_workspace work;
     struct fkv_turns turns;
+    struct fkv_meter_work *meter; /* NULL if no block that the step can seal is to be measured */
     /* Selection: what the next update takes up, and longcache.h's part of the step; NULL without selection. */
     bool selecting;
     fkv_select_params select;
@@ -114,6 +117,15 @@ const float *fkv_turn_at(const struct fkv_plan_object *plan, int64_t tile, int64
 /* The same for a coded tile of a layer; NULL if its positions are listed. */
 const float *fkv_turn_of(const struct fkv_plan_object *plan, int layer_index,
                          const struct fkv_layer *layer, int64_t tile, float *own);
+
+/* meter.c: measures the chosen blocks that a row seals. fkv_meter_set() makes room in the next step's plan;
+ * fkv_meter_exact() comes before sealing, fkv_meter_coded() after, with the first block that was sealed. */
+fkv_status fkv_meter_set(struct fkv_plan_object *plan);
+void fkv_meter_free(struct fkv_plan_object *plan);
+void fkv_meter_exact(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+                     const struct fkv_view *q, int64_t until);
+void fkv_meter_coded(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+                     const struct fkv_view *q, int64_t first);
 
 /* read.c: K or V of `count` tokens as attention sees them, restored in double. scratch: as many
  * bytes as fkv_read_scratch() says; NULL for exact profiles. */
