@@ -193,9 +193,14 @@ static int ask_all(struct program *p) {
                              .n_local = p->info.n_local,
                              .logits = p->logits,
                              .logits_path = p->options.logits};
-    struct needle_report report = {.options = &p->options};
+    struct needle_report report = {.options = &p->options, .engine = &engine};
     if (p->options.longcache) {
         code = select_tokens(p, &engine, &run.chunk);
+    }
+    if (p->options.meter > 0) {
+        fkv_status status = fkv_cache_meter(engine.cache, p->options.meter);
+        code =
+            status ? needle_fail_fkv(&p->error, NEEDLE_BAD_INPUT, p->ctx, status, "--meter") : code;
     }
     code = code ? code : ask(p, &run, &report);
     if (!code || (code == NEEDLE_INTERRUPTED && report.items)) {

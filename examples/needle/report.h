@@ -8,6 +8,7 @@
 
 struct needle_report {
     const struct needle_options *options;
+    const struct needle_engine *engine; /* whose meter is read, if it runs */
     /* Sums over the items so far. */
     size_t items;
     size_t right;
