@@ -6,7 +6,6 @@
  * and both sums over n run through a grid (codec/spectrum.h), so that neither K nor V is ever rebuilt.
  */
 #include "attend/unit.h"
-#include "codec/rope.h"
 
 #include <math.h>
 #include <string.h>
@@ -64,14 +63,14 @@ static struct fkv_partial partial_at(const struct fkv_job *job, const struct fkv
 
 /* ---- begin: queries, and for each segment the grid of the coded channels' scores */
 
-void fkv_load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r) {
+void fkv_load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r,
+                    struct fkv_plan_rope *rope) {
     const struct fkv_model *m = &job->profile->model;
     const int64_t at = u->first_row + r, token = u->row->offset + at / m->group;
     const int head = (u->head + h) * m->group + (int)(at % m->group), D = m->head_dim;
     float *q = u->q + (ptrdiff_t)(h * u->rows + r) * u->dim_stride;
     fkv_load_head(job->kernels, job->q, token, head, D, q);
-    fkv_rope_apply(m, q, job->plan->cos + token * (m->rope_dim / 2),
-                   job->plan->sin + token * (m->rope_dim / 2));
+    fkv_plan_rotate(rope, token, q);
     for (int d = 0; d < D; d++)
         q[d] *= (float)m->softmax_scale;
     if (job->profile->coding == FKV_CODING_CALIBRATED)
@@ -168,9 +167,11 @@ static void begin_segments(const struct fkv_job *job, const struct fkv_unit *u, 
 static void begin_unit(const struct fkv_job *job, const struct fkv_unit *u, int thread) {
     const struct fkv_workspace *w = &job->plan->work;
     const int rows = u->n_heads * u->rows;
+    struct fkv_plan_rope rope;
+    fkv_plan_rope_begin(&rope, job->plan);
     for (int h = 0; h < u->n_heads; h++)
         for (int r = 0; r < u->rows; r++)
-            fkv_load_query(job, u, h, r);
+            fkv_load_query(job, u, h, r, &rope);
     for (int r = 0; r < rows; r++) {
         u->max[r] = -INFINITY;
         u->sum[r] = 0.0f;

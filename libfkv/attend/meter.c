@@ -217,8 +217,10 @@ static void measure_rows(const struct meter_job *j, int64_t block, int kv_head, 
                                     .token = fkv_sinks(p) + block * p->codec.block,
                                     .tiles = (int)tiles,
                                     .tokens = p->codec.block};
+    struct fkv_plan_rope rope;
+    fkv_plan_rope_begin(&rope, j->job.plan);
     for (int r = 0; r < u.rows; r++)
-        fkv_load_query(&j->job, &u, 0, r);
+        fkv_load_query(&j->job, &u, 0, r, &rope);
     fkv_attend_chunk(&j->job, &u, 0, &chunk, thread, &part);
     for (int r = 0; r < u.rows; r++) {
         float *o = part.o + (ptrdiff_t)r * u.dim_stride;

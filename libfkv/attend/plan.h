@@ -13,8 +13,11 @@
 
 #include "backend.h"
 #include "cache/cache.h"
+#include "codec/rope.h"
 
 #define FKV_UNIT_ROWS 32
+/* Steps of more tokens, unless they are of many sequences, have no table of RoPE's sines. */
+#define FKV_ROPE_TOKENS 2048
 #define FKV_CHUNK_TILES 16
 #define FKV_CHUNK_TOKENS (FKV_CHUNK_TILES * FKV_TILE)
 
@@ -67,8 +70,10 @@ struct fkv_plan_object {
     int64_t n_rows;
     int64_t tokens;
     int64_t units;
-    float *cos, *sin;   /* [tokens][rope_dim / 2] */
-    int32_t *positions; /* [tokens]; of calibrated profiles only */
+    float *cos,
+        *sin; /* [tokens][rope_dim / 2]; NULL for long steps, whose rows are made when they are needed */
+    int32_t
+        *positions; /* [tokens]; of calibrated profiles, and where there is no table; else NULL */
     struct fkv_workspace work;
     struct fkv_turns turns;
     struct fkv_meter_work *meter; /* NULL if no block that the step can seal is to be measured */
@@ -78,6 +83,22 @@ struct fkv_plan_object {
     struct fkv_longcache *longcache;
     struct fkv_device_plan *device; /* of the CUDA backend */
 };
+
+/* Rows of RoPE for tokens of the step: from its table, or made one after another. */
+struct fkv_plan_rope {
+    const struct fkv_plan_object *plan;
+    struct fkv_rope_rows rows;
+    int64_t token; /* whose row is in cos and sin; -1: none */
+    float cos[FKV_MAX_PAIRS], sin[FKV_MAX_PAIRS];
+};
+static inline void fkv_plan_rope_begin(struct fkv_plan_rope *rope,
+                                       const struct fkv_plan_object *plan) {
+    rope->plan = plan;
+    rope->token = -1;
+    fkv_rope_begin(&rope->rows, plan->cache->profile);
+}
+/* Rotates one head vector of a token; nothing without RoPE. */
+void fkv_plan_rotate(struct fkv_plan_rope *rope, int64_t token, float *x);
 
 fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object **out);
 void fkv_plan_free(struct fkv_plan_object *plan);

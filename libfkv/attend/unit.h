@@ -64,7 +64,8 @@ struct fkv_chunk_job {
 /* attend.c. Cuts fkv_state_floats() floats into the arrays of a unit; grid: floats of a row's grids. */
 void fkv_unit_carve(const struct fkv_job *job, struct fkv_unit *u, float *floats, int64_t grid);
 /* Makes row r of KV head h: the query, rotated and scaled. */
-void fkv_load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r);
+void fkv_load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r,
+                    struct fkv_plan_rope *rope);
 /* The chunk's result for one head; false if no row sees any of it. */
 bool fkv_attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h,
                       const struct fkv_chunk *chunk, int thread, const struct fkv_partial *to);
