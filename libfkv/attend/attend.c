@@ -456,6 +456,8 @@ static void write_row(const struct fkv_job *job, const struct fkv_unit *u, int h
         o[d] *= inverse;
     char *to = job->out->data + token * job->out->token_stride + head * job->out->head_stride;
     job->kernels->narrow[fkv_store_of(job->out->dtype)](to, o, (size_t)m->head_dim);
+    if (!job->lse && !job->plan->meter)
+        return;
     const float lse = sum != 0.0f ? u->max[row] + logf(sum) : -INFINITY;
     if (job->plan->meter)
         fkv_meter_whole(job, u->row, at / m->group, head, o, lse);

@@ -300,6 +300,12 @@ static void figures_depend_on_the_tokens_alone(void **state) {
     (void)state;
     for (int i = 0; i < runs(40); i++) {
         struct config c = draw();
+        if (i % 8 == 7) { /* a step that has no table of RoPE's sines */
+            c.head_dim = 16;
+            c.rope_dim = 0;
+            c.layers = c.group = 1;
+            c.tokens = random_int(&rng, 2065, 2300);
+        }
         property_run("invariant", invariant, &c);
     }
 }
