@@ -302,7 +302,7 @@ def types(api):
         name = struct['name']
         if name.endswith('_params'):
             out.append(params_class(struct, api))
-        elif name.endswith(('_info', '_stats', '_selection')):
+        elif name.endswith(('_info', '_stats', '_selection', '_fidelity')):
             out.append(result_class(struct, api))
     return module(out)
 

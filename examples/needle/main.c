@@ -145,10 +145,16 @@ static int ask_all(struct program *p) {
                              .logits_path = p->options.logits};
     struct needle_report reports[NEEDLE_MAX_PROFILES];
     for (size_t k = 0; k < p->options.n_profiles; k++) {
-        reports[k] = (struct needle_report){&p->options, .profile = p->options.profiles[k]};
+        reports[k] = (struct needle_report){
+            .options = &p->options, .engine = &engine, .profile = p->options.profiles[k]};
     }
     if (p->options.longcache) {
         code = select_tokens(p, &engine, &run.chunk);
+    }
+    if (p->options.meter > 0) {
+        fkv_status status = fkv_cache_meter(engine.now->cache, p->options.meter);
+        code =
+            status ? needle_fail_fkv(&p->error, NEEDLE_BAD_INPUT, p->ctx, status, "--meter") : code;
     }
     code = code ? code : ask(p, &run, reports);
     code = summarize(p, reports, code);

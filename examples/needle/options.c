@@ -42,6 +42,9 @@ const char needle_usage[] =
     "                      context of any length; profile exact, or a file with unrotated keys;\n"
     "                      prefill in steps of 512 tokens\n"
     "  --scope N           tokens attended to (default: the window), half of them local\n"
+    "  --meter FRACTION    measure on this fraction of the coded blocks what coding costs\n"
+    "                      attention, and print it for each layer at the end (docs/codec.md);\n"
+    "                      calibrated and uniform profiles only\n"
     "\n"
     "Calibration (instead of questions):\n"
     "  --calibrate OUT     write a Fourier profile of the model, from prompts of --context tokens\n"
@@ -76,6 +79,7 @@ enum option_code {
     OPT_CHUNK,
     OPT_LONGCACHE,
     OPT_SCOPE,
+    OPT_METER,
     OPT_TOGETHER,
     OPT_TASK,
     OPT_CALIBRATE,
@@ -104,6 +108,7 @@ static const struct option long_options[] = {
     {"chunk", required_argument, NULL, OPT_CHUNK},
     {"longcache", no_argument, NULL, OPT_LONGCACHE},
     {"scope", required_argument, NULL, OPT_SCOPE},
+    {"meter", required_argument, NULL, OPT_METER},
     {"together", no_argument, NULL, OPT_TOGETHER},
     {"task", required_argument, NULL, OPT_TASK},
     {"calibrate", required_argument, NULL, OPT_CALIBRATE},
@@ -275,6 +280,8 @@ static int parse_option(int option, const struct argument *a, struct needle_opti
         return NEEDLE_OK;
     case OPT_SCOPE:
         return parse_int32(a, 256, FKV_MAX_SCOPE, &o->scope);
+    case OPT_METER:
+        return parse_share(a, &o->meter);
     case OPT_TASK:
         return parse_task(a, o);
     case OPT_CALIBRATE:
@@ -302,9 +309,9 @@ static int check_given(const bool *given, const struct needle_options *o,
                        struct needle_error *error) {
     static const int calibration[] = {OPT_CALIBRATE_PROMPTS, OPT_CRITERION, OPT_RESTORATION,
                                       OPT_BINS, OPT_LOCAL};
-    static const int questions[] = {OPT_DEPTH,     OPT_DISTRACTORS, OPT_ITEMS,   OPT_PROFILE,
-                                    OPT_STORAGE,   OPT_CHUNK,       OPT_TASK,    OPT_LOGITS,
-                                    OPT_LONGCACHE, OPT_SCOPE,       OPT_TOGETHER};
+    static const int questions[] = {OPT_DEPTH,     OPT_DISTRACTORS, OPT_ITEMS, OPT_PROFILE,
+                                    OPT_STORAGE,   OPT_CHUNK,       OPT_TASK,  OPT_LOGITS,
+                                    OPT_LONGCACHE, OPT_SCOPE,       OPT_METER, OPT_TOGETHER};
     const int *useless = o->calibrate ? questions : calibration;
     const size_t n = o->calibrate ? sizeof questions / sizeof *questions
                                   : sizeof calibration / sizeof *calibration;
@@ -343,6 +350,9 @@ static int check_holding(const bool *given, const struct needle_options *o,
     if (o->scope && !o->longcache) {
         return needle_fail(error, NEEDLE_BAD_INPUT, "--scope has no effect without --longcache");
     }
+    if (o->longcache && o->meter > 0) {
+        return needle_fail(error, NEEDLE_BAD_INPUT, "--meter cannot measure with --longcache");
+    }
     if (o->longcache && has_profile(o, "fourier")) {
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--longcache needs unrotated keys, which --profile fourier has not");
@@ -351,10 +361,10 @@ static int check_holding(const bool *given, const struct needle_options *o,
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--storage is for --profile exact; other profiles say it themselves");
     }
-    if (o->n_profiles > 1 && (o->chunk || o->longcache || o->logits)) {
+    if (o->n_profiles > 1 && (o->chunk || o->longcache || o->logits || o->meter > 0)) {
         return needle_fail(error, NEEDLE_BAD_INPUT,
-                           "--chunk, --longcache and --logits are for one --profile: several share "
-                           "what exact attention reads in one step");
+                           "--chunk, --longcache, --logits and --meter are for one --profile: "
+                           "several share what exact attention reads in one step");
     }
     return NEEDLE_OK;
 }

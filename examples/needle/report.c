@@ -133,6 +133,80 @@ int needle_report_item(struct needle_report *report, const struct needle_item *i
     return code;
 }
 
+/* ---- the meter */
+
+static int read_meter(const struct needle_report *report, int layer, fkv_fidelity *f,
+                      struct needle_error *error) {
+    *f = (fkv_fidelity){.struct_size = sizeof *f};
+    fkv_status status = fkv_cache_fidelity(report->engine->now->cache, layer, f);
+    return status ? needle_fail_fkv(error, NEEDLE_FAILED, report->engine->ctx, status, "the meter")
+                  : NEEDLE_OK;
+}
+
+static void print_fidelity(const char *layer, const fkv_fidelity *f) {
+    printf("  %-5s %7" PRIu64 " %9.3f %9.3f %9.2f %9.4f %9.4f %9.4f %9.3f %9.3f\n", layer,
+           f->blocks, 100 * f->block_error, 100 * f->block_error_max, 100 * f->weight, f->lse_bias,
+           f->lse_error, f->lse_error_max, 100 * f->output_error, 100 * f->output_error_max);
+}
+
+static int print_meter(const struct needle_report *report, struct needle_error *error) {
+    const int layers = report->engine->model->config.n_layers;
+    fkv_fidelity f;
+    int code = NEEDLE_OK;
+    printf("the meter: errors in percent, of a block by itself and of outputs by one coded block\n"
+           "  layer  blocks  of block       max    weight  lse bias lse error       max"
+           "    output       max\n");
+    for (int l = 0; l < layers && !code; l++) {
+        char name[16];
+        snprintf(name, sizeof name, "%d", l);
+        code = read_meter(report, l, &f, error);
+        if (!code) {
+            print_fidelity(name, &f);
+        }
+    }
+    code = code ? code : read_meter(report, FKV_ALL_LAYERS, &f, error);
+    if (!code) {
+        print_fidelity("all", &f);
+    }
+    return code;
+}
+
+static json_t *fidelity_json(const fkv_fidelity *f) {
+    return json_pack("{s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "blocks",
+                     (json_int_t)f->blocks, "samples", (json_int_t)f->samples, "block_error",
+                     f->block_error, "block_error_max", f->block_error_max, "lse_bias", f->lse_bias,
+                     "lse_error", f->lse_error, "lse_error_max", f->lse_error_max, "weight",
+                     f->weight, "output_error", f->output_error, "output_error_max",
+                     f->output_error_max);
+}
+
+/* All layers together, and in "layers" each. */
+static int add_meter(json_t *object, const struct needle_report *report,
+                     struct needle_error *error) {
+    const int layers = report->engine->model->config.n_layers;
+    fkv_fidelity f;
+    json_t *list = json_array();
+    int code = NEEDLE_OK;
+    for (int l = 0; l < layers && !code; l++) {
+        code = read_meter(report, l, &f, error);
+        code = code || !json_array_append_new(list, fidelity_json(&f))
+                   ? code
+                   : needle_fail(error, NEEDLE_FAILED, "out of memory for JSON");
+    }
+    code = code ? code : read_meter(report, FKV_ALL_LAYERS, &f, error);
+    if (code) {
+        json_decref(list);
+        return code;
+    }
+    json_t *all = fidelity_json(&f);
+    int bad = json_object_set_new(all, "fraction", json_real(f.fraction));
+    bad |= json_object_set_new(all, "layers", list);
+    bad |= json_object_set_new(object, "meter", all);
+    return bad ? needle_fail(error, NEEDLE_FAILED, "out of memory for JSON") : NEEDLE_OK;
+}
+
+/* ---- the end */
+
 /* Plain text has no right answer. */
 static json_t *exact(const struct needle_report *report) {
     return report->options->task == NEEDLE_TASK_TEXT || !report->items
@@ -159,7 +233,7 @@ int needle_report_summary(const struct needle_report *report, struct needle_erro
                "peak memory %.0f MiB\n",
                last->ratio, (double)last->kv_bytes / MIB, (double)last->dense_bytes / MIB,
                report->prefill_s / n, decode_ms, (double)rss / MIB);
-        return NEEDLE_OK;
+        return o->meter > 0 ? print_meter(report, error) : NEEDLE_OK;
     }
     json_t *object = json_pack(
         "{s:b, s:s, s:s, s:I, s:I, s:o, s:f, s:I, s:I, s:f, s:f, s:I}", "summary", 1, "task",
@@ -170,6 +244,11 @@ int needle_report_summary(const struct needle_report *report, struct needle_erro
     if (add_task_keys(object, o, report->byte_accuracy / n, report->bits_per_byte / n)) {
         json_decref(object);
         object = NULL;
+    }
+    int code = object && o->meter > 0 ? add_meter(object, report, error) : NEEDLE_OK;
+    if (code) {
+        json_decref(object);
+        return code;
     }
     return print_json(object, error);
 }

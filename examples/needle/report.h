@@ -9,6 +9,7 @@
 struct needle_report {
     const struct needle_options *options;
     const char *profile;
+    const struct needle_engine *engine; /* whose meter is read, if it runs */
     /* Sums over the items so far. */
     size_t items;
     size_t right;

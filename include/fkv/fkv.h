@@ -924,6 +924,9 @@ typedef int64_t fkv_sequence;
 /** Stands for every sequence in fkv_cache_stats(). */
 #define FKV_ALL_SEQUENCES -1
 
+/** Stands for every layer in fkv_cache_fidelity(). */
+#define FKV_ALL_LAYERS -1
+
 /** How a cache is made. Since 0.1. */
 typedef struct fkv_cache_params {
     /** sizeof(fkv_cache_params) as the caller compiled it. */
@@ -991,6 +994,44 @@ typedef struct fkv_stats {
     /** Calibrated: scales and zero points of sealed blocks. */
     uint64_t bytes_scales;
 } fkv_stats;
+
+/**
+ * What coding has cost attention, measured on the tokens and queries of this very cache: fkv_cache_meter()
+ * chooses blocks, each is measured when it is sealed, while its exact tokens are still there, with the queries
+ * of the token whose arrival seals it. A sample is one query head and one block. o and l are output and
+ * log-sum-exp of attention to the block's tokens alone, exact; o' and l' the same from the sealed block; O the
+ * query's whole output. Samples that are not finite are left out. Since 0.1.
+ */
+typedef struct fkv_fidelity {
+    /** sizeof(fkv_fidelity) as the caller compiled it; no more than this is written. */
+    uint32_t struct_size;
+    /** Zero. */
+    int32_t reserved;
+    /** Of blocks that are chosen, as set. */
+    double fraction;
+    /** Blocks measured; those of each layer count. */
+    uint64_t blocks;
+    /** Blocks chosen but not measured: sealed by fkv_append(), which has no queries, or with selection. */
+    uint64_t blocks_missed;
+    /** Samples: query heads of measured blocks. */
+    uint64_t samples;
+    /** sqrt(sum |o' - o|^2 / sum |o|^2): the relative error of the block's output. */
+    double block_error;
+    /** The largest |o' - o| / |o|. */
+    double block_error_max;
+    /** Mean of l' - l: above 0, coded tokens draw too much attention. */
+    double lse_bias;
+    /** Root of the mean of (l' - l)^2. */
+    double lse_error;
+    /** The largest |l' - l|. */
+    double lse_error_max;
+    /** Mean share of all attention that the block has. */
+    double weight;
+    /** sqrt(sum |O' - O|^2 / sum |O|^2), O' being O with this one block coded. */
+    double output_error;
+    /** The largest |O' - O| / |O|. */
+    double output_error_max;
+} fkv_fidelity;
 
 /** Fills *params with the defaults. Errors: INVALID. */
 FKV_API fkv_status fkv_cache_params_init(fkv_cache_params *params, size_t struct_size);
@@ -1071,6 +1112,20 @@ FKV_API fkv_status fkv_sequence_read(fkv_cache *cache, fkv_sequence sequence, in
  * Errors: HANDLE, INVALID, BUSY. Since 0.1.
  */
 FKV_API fkv_status fkv_cache_stats(fkv_cache *cache, fkv_sequence sequence, fkv_stats *stats);
+/**
+ * Starts the fidelity meter of a cache with a calibrated profile, on the CPU: from each plan's next
+ * fkv_plan_update() on this `fraction` of the blocks of every layer is measured; 1 measures all. Which, depends
+ * on layer and place in the sequence only, evenly spread. Figures begin afresh; 0 ends the meter, as does the
+ * cache's end. Outputs and what is held are the same bits with and without. Costs: docs/codec.md.
+ * Errors: HANDLE, INVALID (not in 0..1), UNSUPPORTED (other profiles, CUDA), NOMEM, LIMIT, BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_cache_meter(fkv_cache *cache, double fraction);
+/**
+ * Fills *fidelity with what the meter has found in a layer or FKV_ALL_LAYERS, over all sequences, also those
+ * freed; set fidelity->struct_size before. All numbers but fraction are 0 until a block was measured.
+ * Errors: HANDLE, INVALID, STATE (the meter is off), BUSY. Since 0.1.
+ */
+FKV_API fkv_status fkv_cache_fidelity(fkv_cache *cache, int32_t layer, fkv_fidelity *fidelity);
 /**
  * What fkv_cache_stats() will say of a cache with one sequence of `tokens` tokens and the given period
  * (0: the profile's) that was never cropped, without allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1.

@@ -331,6 +331,43 @@ fkv_status fkv_cache_stats(fkv_cache *cache, fkv_sequence sequence, fkv_stats *s
     return leave(cache, c, false, status);
 }
 
+static fkv_status start_meter(struct fkv_cache_object *c, double fraction) {
+    if (!(fraction >= 0.0 && fraction <= 1.0))
+        return fkv_fail(c->ctx, FKV_ERR_INVALID, "fraction is %g, not in 0..1", fraction);
+    if (fraction > 0.0 && c->profile->coding != FKV_CODING_CALIBRATED)
+        return fkv_fail(c->ctx, FKV_ERR_UNSUPPORTED,
+                        "the meter is for calibrated profiles: others have no sealed blocks");
+    if (fraction > 0.0 && c->device)
+        return fkv_fail(c->ctx, FKV_ERR_UNSUPPORTED, "the CUDA backend has no meter");
+    return fkv_meter_start(c, fraction);
+}
+
+fkv_status fkv_cache_meter(fkv_cache *cache, double fraction) {
+    struct fkv_cache_object *c;
+    fkv_status status = enter(cache, true, &c);
+    if (status != FKV_OK)
+        return status;
+    return leave(cache, c, true, start_meter(c, fraction));
+}
+
+fkv_status fkv_cache_fidelity(fkv_cache *cache, int32_t layer, fkv_fidelity *fidelity) {
+    struct fkv_cache_object *c;
+    fkv_fidelity own = {.struct_size = sizeof own};
+    fkv_status status = enter(cache, false, &c);
+    if (status != FKV_OK)
+        return status;
+    const int layers = c->profile->model.n_layers;
+    if (layer != FKV_ALL_LAYERS && (layer < 0 || layer >= layers))
+        status = fkv_fail(c->ctx, FKV_ERR_INVALID, "layer is %d of %d", layer, layers);
+    else if (!c->meter)
+        status = fkv_fail(c->ctx, FKV_ERR_STATE, "the meter is off: fkv_cache_meter() starts it");
+    if (status == FKV_OK) {
+        fkv_meter_report(c, layer, &own);
+        status = fkv_params_write(c->ctx, "fidelity", fidelity, sizeof own, &own, sizeof own);
+    }
+    return leave(cache, c, false, status);
+}
+
 fkv_status fkv_profile_estimate(fkv_profile *profile, int64_t tokens, int64_t period,
                                 fkv_stats *stats) {
     struct fkv_profile_object *p = fkv_handle_acquire(FKV_KIND_PROFILE, profile);

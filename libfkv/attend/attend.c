@@ -6,12 +6,25 @@
  * and both sums over n run through a grid (codec/spectrum.h), so that neither K nor V is ever rebuilt.
  */
 #include "attend/unit.h"
-#include "codec/rope.h"
 
 #include <math.h>
 #include <string.h>
 
 #define MAX_D FKV_MAX_HEAD_DIM
+
+void fkv_unit_carve(const struct fkv_job *job, struct fkv_unit *u, float *floats, int64_t grid) {
+    const int64_t dim = fkv_round16(job->profile->model.head_dim);
+    u->dim_stride = (int)dim;
+    u->q = floats;
+    u->permuted = u->q + FKV_UNIT_ROWS * dim;
+    u->o = u->permuted + FKV_UNIT_ROWS * dim;
+    u->max = u->o + FKV_UNIT_ROWS * dim;
+    u->sum = u->max + FKV_UNIT_ROWS;
+    u->grid = u->sum + FKV_UNIT_ROWS + 16;
+    u->mass = u->grid + FKV_UNIT_ROWS * grid;
+    u->weights = u->mass + FKV_UNIT_ROWS * grid;
+    u->weight_stride = (int)fkv_weight_stride(job->profile);
+}
 
 static struct fkv_unit unit_at(const struct fkv_job *job, int64_t index, int thread) {
     const struct fkv_plan_object *plan = job->plan;
@@ -27,23 +40,13 @@ static struct fkv_unit unit_at(const struct fkv_job *job, int64_t index, int thr
             high = middle - 1;
     }
     const struct fkv_row *row = &plan->rows[low];
-    const int64_t local = index - row->first_unit, dim = fkv_round16(m->head_dim);
-    struct fkv_unit u = {
-        .row = row, .dim_stride = (int)dim, .grid_stride = fkv_grid_floats(row->seq)};
+    const int64_t local = index - row->first_unit;
+    struct fkv_unit u = {.row = row, .grid_stride = fkv_grid_floats(row->seq)};
     u.head = (int)(local / row->blocks) * row->heads_per_unit;
     u.n_heads = (int)fkv_min64(row->heads_per_unit, m->n_kv_heads - u.head);
     u.first_row = local % row->blocks * FKV_UNIT_ROWS;
     u.rows = (int)fkv_min64(FKV_UNIT_ROWS, row->n_new * m->group - u.first_row);
-    float *f = w->states + (w->by_chunk ? index : thread) * w->state;
-    u.q = f;
-    u.permuted = u.q + FKV_UNIT_ROWS * dim;
-    u.o = u.permuted + FKV_UNIT_ROWS * dim;
-    u.max = u.o + FKV_UNIT_ROWS * dim;
-    u.sum = u.max + FKV_UNIT_ROWS;
-    u.grid = u.sum + FKV_UNIT_ROWS + 16;
-    u.mass = u.grid + FKV_UNIT_ROWS * w->grid;
-    u.weights = u.mass + FKV_UNIT_ROWS * w->grid;
-    u.weight_stride = (int)fkv_weight_stride(job->profile);
+    fkv_unit_carve(job, &u, w->states + (w->by_chunk ? index : thread) * w->state, w->grid);
     return u;
 }
 
@@ -60,14 +63,14 @@ static struct fkv_partial partial_at(const struct fkv_job *job, const struct fkv
 
 /* ---- begin: queries, and for each segment the grid of the coded channels' scores */
 
-static void load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r) {
+void fkv_load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r,
+                    struct fkv_plan_rope *rope) {
     const struct fkv_model *m = &job->profile->model;
     const int64_t at = u->first_row + r, token = u->row->offset + at / m->group;
     const int head = (u->head + h) * m->group + (int)(at % m->group), D = m->head_dim;
     float *q = u->q + (ptrdiff_t)(h * u->rows + r) * u->dim_stride;
     fkv_load_head(job->kernels, job->q, token, head, D, q);
-    fkv_rope_apply(m, q, job->plan->cos + token * (m->rope_dim / 2),
-                   job->plan->sin + token * (m->rope_dim / 2));
+    fkv_plan_rotate(rope, token, q);
     for (int d = 0; d < D; d++)
         q[d] *= (float)m->softmax_scale;
     if (job->profile->coding == FKV_CODING_CALIBRATED)
@@ -164,9 +167,11 @@ static void begin_segments(const struct fkv_job *job, const struct fkv_unit *u, 
 static void begin_unit(const struct fkv_job *job, const struct fkv_unit *u, int thread) {
     const struct fkv_workspace *w = &job->plan->work;
     const int rows = u->n_heads * u->rows;
+    struct fkv_plan_rope rope;
+    fkv_plan_rope_begin(&rope, job->plan);
     for (int h = 0; h < u->n_heads; h++)
         for (int r = 0; r < u->rows; r++)
-            load_query(job, u, h, r);
+            fkv_load_query(job, u, h, r, &rope);
     for (int r = 0; r < rows; r++) {
         u->max[r] = -INFINITY;
         u->sum[r] = 0.0f;
@@ -308,14 +313,11 @@ static void weigh_chunk(const struct fkv_chunk_job *c, const struct fkv_partial 
         }
 }
 
-/* The chunk's result for one head; false if no row sees any of it. */
-static bool attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h, int64_t index,
-                         int thread, const struct fkv_partial *to) {
-    const struct fkv_layer *l = fkv_layer_of(job, u);
+bool fkv_attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h,
+                      const struct fkv_chunk *chunk, int thread, const struct fkv_partial *to) {
     const struct fkv_workspace *w = &job->plan->work;
     const size_t floats = (size_t)u->rows * (size_t)u->dim_stride;
-    struct fkv_chunk_job c = {.job = job, .u = u, .h = h, .group = -1};
-    c.chunk = fkv_chunk_at(job->profile, u->row->seq->period, l->tokens, l->n_coded, index);
+    struct fkv_chunk_job c = {.job = job, .u = u, .h = h, .chunk = *chunk, .group = -1};
     c.scores = w->scratches + thread * w->scratch;
     c.kept = c.scores + FKV_UNIT_ROWS * FKV_CHUNK_TOKENS;
     c.tile = c.kept + FKV_UNIT_ROWS * u->dim_stride;
@@ -349,6 +351,14 @@ static bool attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, in
     if (calibrated && c.chunk.kind == FKV_CHUNK_CODED)
         fkv_coded_finish(&c, to);
     return true;
+}
+
+static bool attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h, int64_t index,
+                         int thread, const struct fkv_partial *to) {
+    const struct fkv_layer *l = fkv_layer_of(job, u);
+    const struct fkv_chunk chunk =
+        fkv_chunk_at(job->profile, u->row->seq->period, l->tokens, l->n_coded, index);
+    return fkv_attend_chunk(job, u, h, &chunk, thread, to);
 }
 
 /* ---- merging partials, in the order of the chunks */
@@ -446,11 +456,14 @@ static void write_row(const struct fkv_job *job, const struct fkv_unit *u, int h
         o[d] *= inverse;
     char *to = job->out->data + token * job->out->token_stride + head * job->out->head_stride;
     job->kernels->narrow[fkv_store_of(job->out->dtype)](to, o, (size_t)m->head_dim);
-    if (job->lse) {
-        float lse = sum != 0.0f ? u->max[row] + logf(sum) : -INFINITY;
+    if (!job->lse && !job->plan->meter)
+        return;
+    const float lse = sum != 0.0f ? u->max[row] + logf(sum) : -INFINITY;
+    if (job->plan->meter)
+        fkv_meter_whole(job, u->row, at / m->group, head, o, lse);
+    if (job->lse)
         memcpy(job->lse->data + token * job->lse->token_stride + head * job->lse->head_stride, &lse,
                sizeof lse);
-    }
 }
 
 static void end_unit(const struct fkv_job *job, const struct fkv_unit *u, int thread) {

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "attend/attend.h"
 #include "attend/longcache.h"
-#include "codec/rope.h"
 #include "device/device.h"
 
 #include <math.h>
@@ -19,13 +18,21 @@ fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object *
     return FKV_OK;
 }
 
+/* Whether the step has a table of RoPE's sines: bounded, or little for each sequence. */
+static bool has_table(const struct fkv_plan_object *plan) {
+    return plan->tokens <= FKV_ROPE_TOKENS + 16 * plan->n_rows;
+}
+
 static size_t rope_bytes(const struct fkv_plan_object *plan) {
+    if (!has_table(plan))
+        return 0;
     return (size_t)plan->tokens * (size_t)(plan->cache->profile->model.rope_dim / 2) *
            sizeof(float);
 }
 
 static size_t positions_bytes(const struct fkv_plan_object *plan) {
-    const bool used = plan->cache->profile->coding == FKV_CODING_CALIBRATED;
+    const struct fkv_profile_object *p = plan->cache->profile;
+    const bool used = p->coding == FKV_CODING_CALIBRATED || (p->model.rope_dim && !has_table(plan));
     return used ? (size_t)plan->tokens * sizeof *plan->positions : 0;
 }
 
@@ -41,6 +48,7 @@ static void free_contents(struct fkv_plan_object *plan) {
     fkv_heap_free(heap, plan->work.scratches, plan->work.bytes[2]);
     if (plan->longcache)
         fkv_heap_free(heap, plan->longcache, plan->longcache->bytes);
+    fkv_meter_free(plan);
 }
 
 void fkv_plan_free(struct fkv_plan_object *plan) {
@@ -160,8 +168,9 @@ static fkv_status set_rows(struct fkv_plan_object *plan, const fkv_batch *batch)
 }
 
 static fkv_status set_rope(struct fkv_plan_object *plan, const fkv_batch *batch) {
-    const struct fkv_model *m = &plan->cache->profile->model;
-    const size_t half = (size_t)(m->rope_dim / 2);
+    const size_t half = (size_t)(plan->cache->profile->model.rope_dim / 2);
+    struct fkv_rope_rows rows;
+    fkv_rope_begin(&rows, plan->cache->profile);
     fkv_status status = take(plan, rope_bytes(plan), 1, &plan->cos, NULL);
     if (status == FKV_OK)
         status = take(plan, rope_bytes(plan), 1, &plan->sin, NULL);
@@ -176,12 +185,28 @@ static fkv_status set_rope(struct fkv_plan_object *plan, const fkv_batch *batch)
             int64_t position = batch->positions ? batch->positions[token] : row->base + t;
             if (plan->positions)
                 plan->positions[token] = (int32_t)position;
-            if (half)
-                fkv_rope_table(m, &position, 1, plan->cos + (size_t)token * half,
-                               plan->sin + (size_t)token * half);
+            if (plan->cos)
+                fkv_rope_row(&rows, position, plan->cos + (size_t)token * half,
+                             plan->sin + (size_t)token * half);
         }
     }
     return FKV_OK;
+}
+
+void fkv_plan_rotate(struct fkv_plan_rope *rope, int64_t token, float *x) {
+    const struct fkv_plan_object *plan = rope->plan;
+    const struct fkv_model *m = &plan->cache->profile->model;
+    const int half = m->rope_dim / 2;
+    if (!half)
+        return;
+    if (plan->cos) {
+        fkv_rope_apply(m, x, plan->cos + token * half, plan->sin + token * half);
+        return;
+    }
+    if (token != rope->token)
+        fkv_rope_row(&rope->rows, plan->positions[token], rope->cos, rope->sin);
+    rope->token = token;
+    fkv_rope_apply(m, x, rope->cos, rope->sin);
 }
 
 /* What the layers of a row can show during the step, at most. Crops can leave more tiles coded than the
@@ -276,6 +301,8 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
         status = take_workspace(&next, plan);
     }
     if (!device && status == FKV_OK)
+        status = fkv_meter_set(&next);
+    if (!device && status == FKV_OK)
         status = fkv_longcache_set(&next, plan);
     if (!device && status == FKV_OK)
         status = fkv_plan_set_turns(plan, &next);
@@ -295,6 +322,7 @@ fkv_status fkv_plan_set(struct fkv_plan_object *plan, const fkv_batch *batch) {
     plan->sin = next.sin;
     plan->positions = next.positions;
     plan->work = next.work;
+    plan->meter = next.meter;
     plan->longcache = next.longcache;
     return device ? fkv_device_plan_finish(plan) : FKV_OK;
 }
@@ -369,6 +397,17 @@ static fkv_status make_room(struct fkv_plan_object *plan, int layer) {
     return status;
 }
 
+static void seal(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+                 struct fkv_coding_room *room, const struct fkv_view *q) {
+    struct fkv_cache_object *cache = plan->cache;
+    const int64_t first = row->seq->layers[layer].n_coded, until = room->until;
+    if (cache->meter)
+        fkv_meter_exact(plan, row, layer, q, until);
+    fkv_layer_seal(cache, row->seq, layer, room);
+    if (cache->meter)
+        fkv_meter_coded(plan, row, layer, q, first);
+}
+
 fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
                            const struct fkv_view *k, const struct fkv_view *v,
                            const struct fkv_view *out, const struct fkv_view *lse) {
@@ -399,7 +438,7 @@ fkv_status fkv_plan_append(struct fkv_plan_object *plan, int layer, const struct
             continue;
         fkv_layer_open_segments(cache, row->seq, layer, room);
         ops->code(plan, row, layer, room);
-        fkv_layer_seal(cache, row->seq, layer, room);
+        seal(plan, row, layer, room, q);
     }
     return FKV_OK;
 }

@@ -13,8 +13,11 @@
 
 #include "backend.h"
 #include "cache/cache.h"
+#include "codec/rope.h"
 
 #define FKV_UNIT_ROWS 32
+/* Steps of more tokens, unless they are of many sequences, have no table of RoPE's sines. */
+#define FKV_ROPE_TOKENS 2048
 #define FKV_CHUNK_TILES 16
 #define FKV_CHUNK_TOKENS (FKV_CHUNK_TILES * FKV_TILE)
 
@@ -29,6 +32,7 @@ struct fkv_row {
     int heads_per_unit; /* KV heads that share a unit */
     int64_t blocks;     /* row blocks of a KV head */
     int64_t first_unit;
+    int64_t first_slot; /* of its blocks in the meter's work */
     /* set by each attend */
     int64_t n_chunks;
     int64_t first_item; /* of its (unit, head, chunk) items */
@@ -55,6 +59,7 @@ struct fkv_turns {
     int64_t shift;
 };
 struct fkv_device_plan;
+struct fkv_meter_work;
 
 struct fkv_plan_object {
     _Atomic int busy;
@@ -65,16 +70,35 @@ struct fkv_plan_object {
     int64_t n_rows;
     int64_t tokens;
     int64_t units;
-    float *cos, *sin;   /* [tokens][rope_dim / 2] */
-    int32_t *positions; /* [tokens]; of calibrated profiles only */
+    float *cos,
+        *sin; /* [tokens][rope_dim / 2]; NULL for long steps, whose rows are made when they are needed */
+    int32_t
+        *positions; /* [tokens]; of calibrated profiles, and where there is no table; else NULL */
     struct fkv_workspace work;
     struct fkv_turns turns;
+    struct fkv_meter_work *meter; /* NULL if no block that the step can seal is to be measured */
     /* Selection: what the next update takes up, and longcache.h's part of the step; NULL without selection. */
     bool selecting;
     fkv_select_params select;
     struct fkv_longcache *longcache;
     struct fkv_device_plan *device; /* of the CUDA backend */
 };
+
+/* Rows of RoPE for tokens of the step: from its table, or made one after another. */
+struct fkv_plan_rope {
+    const struct fkv_plan_object *plan;
+    struct fkv_rope_rows rows;
+    int64_t token; /* whose row is in cos and sin; -1: none */
+    float cos[FKV_MAX_PAIRS], sin[FKV_MAX_PAIRS];
+};
+static inline void fkv_plan_rope_begin(struct fkv_plan_rope *rope,
+                                       const struct fkv_plan_object *plan) {
+    rope->plan = plan;
+    rope->token = -1;
+    fkv_rope_begin(&rope->rows, plan->cache->profile);
+}
+/* Rotates one head vector of a token; nothing without RoPE. */
+void fkv_plan_rotate(struct fkv_plan_rope *rope, int64_t token, float *x);
 
 fkv_status fkv_plan_new(struct fkv_cache_object *cache, struct fkv_plan_object **out);
 void fkv_plan_free(struct fkv_plan_object *plan);
@@ -114,6 +138,15 @@ const float *fkv_turn_at(const struct fkv_plan_object *plan, int64_t tile, int64
 /* The same for a coded tile of a layer; NULL if its positions are listed. */
 const float *fkv_turn_of(const struct fkv_plan_object *plan, int layer_index,
                          const struct fkv_layer *layer, int64_t tile, float *own);
+
+/* meter.c: measures the chosen blocks that a row seals. fkv_meter_set() makes room in the next step's plan;
+ * fkv_meter_exact() comes before sealing, fkv_meter_coded() after, with the first block that was sealed. */
+fkv_status fkv_meter_set(struct fkv_plan_object *plan);
+void fkv_meter_free(struct fkv_plan_object *plan);
+void fkv_meter_exact(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+                     const struct fkv_view *q, int64_t until);
+void fkv_meter_coded(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,
+                     const struct fkv_view *q, int64_t first);
 
 /* read.c: K or V of `count` tokens as attention sees them, restored in double. scratch: as many
  * bytes as fkv_read_scratch() says; NULL for exact profiles. */

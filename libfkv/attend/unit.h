@@ -61,6 +61,18 @@ struct fkv_chunk_job {
     int64_t group; /* whose scales are folded in; -1: none */
 };
 
+/* attend.c. Cuts fkv_state_floats() floats into the arrays of a unit; grid: floats of a row's grids. */
+void fkv_unit_carve(const struct fkv_job *job, struct fkv_unit *u, float *floats, int64_t grid);
+/* Makes row r of KV head h: the query, rotated and scaled. */
+void fkv_load_query(const struct fkv_job *job, const struct fkv_unit *u, int h, int r,
+                    struct fkv_plan_rope *rope);
+/* The chunk's result for one head; false if no row sees any of it. */
+bool fkv_attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h,
+                      const struct fkv_chunk *chunk, int thread, const struct fkv_partial *to);
+/* meter.c: the output of a query head of a new token of a row, for the meter to keep if it needs it. */
+void fkv_meter_whole(const struct fkv_job *job, const struct fkv_row *row, int64_t new_token,
+                     int head, const float *o, float lse);
+
 /* Keys of the sinks, of the chunk's head, as a tile in c->tile. */
 const void *fkv_sink_tile(const struct fkv_chunk_job *c);
 

@@ -156,6 +156,7 @@ void fkv_cache_clear(struct fkv_cache_object *cache) {
                    (size_t)cache->n_slots * sizeof *cache->seqs);
     if (cache->device)
         fkv_device_cache_free(cache);
+    fkv_meter_start(cache, 0.0);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, cache->layouts, layouts_bytes(cache->profile));
     cache->seqs = NULL;
     cache->n_slots = 0;

@@ -82,6 +82,22 @@ struct fkv_layer {
     void **old_place;
 };
 
+/* What the meter has found in a layer: sums over its samples. */
+struct fkv_meter_sums {
+    uint64_t blocks, missed, samples;
+    double block_error, block_energy, block_max; /* |o' - o|^2, |o|^2, largest ratio of the two */
+    double lse, lse_square, lse_max;
+    double weight;
+    double output_error, output_energy, output_max;
+};
+
+/* The fidelity meter (docs/codec.md): which blocks are measured, and what was found. */
+struct fkv_meter {
+    double fraction;
+    uint64_t number;              /* never the same twice in a cache; plans are made for one */
+    struct fkv_meter_sums sums[]; /* [n_layers] */
+};
+
 struct fkv_device_cache;
 struct fkv_device_seq;
 
@@ -146,6 +162,8 @@ struct fkv_cache_object {
     struct fkv_layer_layout *layouts; /* [n_layers]; NULL for exact profiles */
     struct fkv_shared_spectrum *spectra;
     struct fkv_device_cache *device; /* of the CUDA backend, else NULL */
+    struct fkv_meter *meter;         /* NULL: off */
+    uint64_t meters;                 /* started so far */
     struct fkv_seq **seqs;           /* slots */
     int64_t n_slots;
     int64_t next_id;
@@ -278,6 +296,13 @@ uint64_t fkv_layer_shared_bytes(const struct fkv_cache_object *cache, const stru
 void fkv_cache_count(struct fkv_cache_object *cache, const struct fkv_seq *seq, fkv_stats *stats);
 fkv_status fkv_profile_predict(struct fkv_profile_object *profile, int64_t tokens, int64_t period,
                                fkv_stats *stats);
+
+/* meter.c. Begins afresh; fraction 0 ends it. */
+fkv_status fkv_meter_start(struct fkv_cache_object *cache, double fraction);
+/* Of one layer, or of all: layer -1. */
+void fkv_meter_report(const struct fkv_cache_object *cache, int layer, fkv_fidelity *fidelity);
+/* Chosen blocks of a layer before `block`: so the block is chosen if the next one has more before it. */
+int64_t fkv_meter_rank(const struct fkv_meter *meter, int layer, int64_t block);
 
 static inline int fkv_sinks(const struct fkv_profile_object *p) {
     return p->coding == FKV_CODING_FOURIER      ? p->fourier.n_sink

@@ -1,23 +1,40 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "codec/rope.h"
 
-#include <math.h>
 #include <string.h>
 
-/* A position of 31 bits times a frequency rounds to 2^-23 of an angle, as coarse as the f32 result.
- * fma gives the rounding exactly, and the first order of the addition theorem puts it back. */
 void fkv_rope_table(const struct fkv_model *model, const int64_t *positions, int64_t n,
                     float *cos_out, float *sin_out) {
     int pairs = model->rope_dim / 2;
     for (int64_t t = 0; t < n; t++) {
         double position = (double)positions[t];
         for (int j = 0; j < pairs; j++) {
-            double angle = position * model->inv_freq[j];
-            double rest = fma(position, model->inv_freq[j], -angle);
-            double c = cos(angle), s = sin(angle);
-            cos_out[t * pairs + j] = (float)((c - rest * s) * model->rope_scaling);
-            sin_out[t * pairs + j] = (float)((s + rest * c) * model->rope_scaling);
+            double c, s;
+            fkv_angle(position, model->inv_freq[j], &c, &s);
+            cos_out[t * pairs + j] = (float)(c * model->rope_scaling);
+            sin_out[t * pairs + j] = (float)(s * model->rope_scaling);
         }
+    }
+}
+
+void fkv_rope_begin(struct fkv_rope_rows *rows, const struct fkv_profile_object *profile) {
+    rows->profile = profile;
+    rows->from = -1;
+}
+
+void fkv_rope_row(struct fkv_rope_rows *rows, int64_t position, float *cos_out, float *sin_out) {
+    const struct fkv_model *m = &rows->profile->model;
+    const int pairs = m->rope_dim / 2;
+    const int64_t on = position % FKV_TILE, from = position - on;
+    const double *c = rows->profile->angles + 2 * on * pairs, *s = c + pairs;
+    for (int j = 0; from != rows->from && j < pairs; j++)
+        fkv_angle((double)from, m->inv_freq[j], &rows->cos[j], &rows->sin[j]);
+    rows->from = from;
+    for (int j = 0; j < pairs; j++) {
+        const double x = rows->cos[j] * c[j] - rows->sin[j] * s[j];
+        const double y = rows->sin[j] * c[j] + rows->cos[j] * s[j];
+        cos_out[j] = (float)(x * m->rope_scaling);
+        sin_out[j] = (float)(y * m->rope_scaling);
     }
 }
 

@@ -267,6 +267,7 @@ void fkv_profile_unref(struct fkv_profile_object *profile) {
     struct fkv_ctx *ctx = profile->ctx;
     fkv_heap_free(&ctx->heap, profile->channels, channels_bytes(&profile->model));
     fkv_profile_free_coded(profile);
+    fkv_angles_destroy(ctx, &profile->model, profile->angles);
     fkv_model_free(ctx, &profile->model);
     fkv_heap_free(&ctx->heap, profile, sizeof *profile);
     fkv_ctx_unref(ctx);
@@ -280,6 +281,11 @@ fkv_status fkv_profile_new_exact(struct fkv_ctx *ctx, struct fkv_model *model, f
     struct fkv_profile_object *profile = fkv_heap_calloc(&ctx->heap, sizeof *profile);
     if (!profile) {
         return fkv_fail_memory(ctx, sizeof *profile, "profile");
+    }
+    fkv_status status = fkv_angles_create(ctx, model, &profile->angles);
+    if (status != FKV_OK) {
+        fkv_heap_free(&ctx->heap, profile, sizeof *profile);
+        return status;
     }
     atomic_init(&profile->refs, 1);
     fkv_ctx_ref(ctx);

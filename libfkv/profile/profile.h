@@ -58,6 +58,7 @@ struct fkv_profile_object {
     struct fkv_model model;
     fkv_coding coding;
     fkv_dtype storage_dtype;
+    double *angles;                /* of RoPE, see waves.h; NULL without */
     fkv_fourier_params fourier;    /* min_middle resolved; meaningful if coding is FOURIER */
     struct fkv_channels *channels; /* [n_layers][2][n_kv_heads]; NULL if coding is EXACT */
     int64_t coded_channels[2];     /* over all layers, K and V */

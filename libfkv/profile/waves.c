@@ -95,20 +95,55 @@ fkv_status fkv_waves_create(struct fkv_ctx *ctx, const struct fkv_model *model,
     return FKV_OK;
 }
 
+static size_t angles_bytes(const struct fkv_model *model) {
+    return (size_t)FKV_TILE * (size_t)model->rope_dim * sizeof(double);
+}
+
+fkv_status fkv_angles_create(struct fkv_ctx *ctx, const struct fkv_model *model, double **out) {
+    const int pairs = model->rope_dim / 2;
+    *out = NULL;
+    if (!pairs) {
+        return FKV_OK;
+    }
+    double *angles = fkv_heap_alloc(&ctx->heap, angles_bytes(model));
+    if (!angles) {
+        return fkv_fail_memory(ctx, angles_bytes(model), "tables of RoPE");
+    }
+    for (int t = 0; t < FKV_TILE; t++) {
+        for (int j = 0; j < pairs; j++) {
+            fkv_angle(t, model->inv_freq[j], &angles[2 * t * pairs + j],
+                      &angles[(2 * t + 1) * pairs + j]);
+        }
+    }
+    *out = angles;
+    return FKV_OK;
+}
+
+void fkv_angles_destroy(struct fkv_ctx *ctx, const struct fkv_model *model, double *angles) {
+    fkv_heap_free(&ctx->heap, angles, angles_bytes(model));
+}
+
 void fkv_waves_destroy(struct fkv_ctx *ctx, struct fkv_waves *waves) {
     if (waves) {
         fkv_heap_free(&ctx->heap, waves, waves->bytes);
     }
 }
 
-/* As fkv_rope_table(): what the product of position and frequency loses is put back. */
+/* A position of 31 bits times a frequency rounds to 2^-23 of an angle, as coarse as an f32 result. fma gives the
+ * rounding exactly, and the first order of the addition theorem puts it back. */
+void fkv_angle(double position, double frequency, double *c, double *s) {
+    const double angle = position * frequency;
+    const double rest = fma(position, frequency, -angle);
+    const double cosine = cos(angle), sine = sin(angle);
+    *c = cosine - rest * sine;
+    *s = sine + rest * cosine;
+}
+
 void fkv_waves_angle(const struct fkv_waves *w, int pair, int64_t position, double offset,
                      double *c, double *s) {
-    const double at = (double)position + offset, angle = at * w->frequency[pair];
-    const double rest = fma(at, w->frequency[pair], -angle);
-    const double cosine = cos(angle), sine = sin(angle);
-    *c = (cosine - rest * sine) * w->scaling;
-    *s = (sine + rest * cosine) * w->scaling;
+    fkv_angle((double)position + offset, w->frequency[pair], c, s);
+    *c *= w->scaling;
+    *s *= w->scaling;
 }
 
 /* Angles are computed afresh where position mod 1024 is below 64, and turned on from tile to tile between: the

@@ -14,6 +14,11 @@
 
 struct fkv_model;
 
+/* cos, then sin, of t * inv_freq, [64][2][pairs]: what turns heads on from a multiple of 64 to their position; see
+ * codec/rope.h. NULL in *out for a model without RoPE. */
+fkv_status fkv_angles_create(struct fkv_ctx *ctx, const struct fkv_model *model, double **out);
+void fkv_angles_destroy(struct fkv_ctx *ctx, const struct fkv_model *model, double *angles);
+
 struct fkv_waves {
     int pairs; /* sorted by descending frequency */
     int fast;  /* the first of them are not in the polynomial */
@@ -37,6 +42,8 @@ void fkv_waves_destroy(struct fkv_ctx *ctx, struct fkv_waves *waves);
  * that begin at `position`, position + 64, .. */
 void fkv_waves_turns(const struct fkv_waves *waves, int64_t position, int64_t count, float *c,
                      float *s, ptrdiff_t stride);
+/* cos and sin of position * frequency, as exactly as double tells them. */
+void fkv_angle(double position, double frequency, double *c, double *s);
 /* For one pair in double: of frequency * (position + offset), offset a multiple of 1/2. */
 void fkv_waves_angle(const struct fkv_waves *waves, int pair, int64_t position, double offset,
                      double *c, double *s);

@@ -171,6 +171,22 @@ FIELD(fkv_stats, bytes_shared, 96, 8);
 FIELD(fkv_stats, bytes_blocks, 104, 8);
 FIELD(fkv_stats, bytes_scales, 112, 8);
 
+SIZE(fkv_fidelity, 104);
+FIELD(fkv_fidelity, struct_size, 0, 4);
+FIELD(fkv_fidelity, reserved, 4, 4);
+FIELD(fkv_fidelity, fraction, 8, 8);
+FIELD(fkv_fidelity, blocks, 16, 8);
+FIELD(fkv_fidelity, blocks_missed, 24, 8);
+FIELD(fkv_fidelity, samples, 32, 8);
+FIELD(fkv_fidelity, block_error, 40, 8);
+FIELD(fkv_fidelity, block_error_max, 48, 8);
+FIELD(fkv_fidelity, lse_bias, 56, 8);
+FIELD(fkv_fidelity, lse_error, 64, 8);
+FIELD(fkv_fidelity, lse_error_max, 72, 8);
+FIELD(fkv_fidelity, weight, 80, 8);
+FIELD(fkv_fidelity, output_error, 88, 8);
+FIELD(fkv_fidelity, output_error_max, 96, 8);
+
 SIZE(fkv_batch, 40);
 FIELD(fkv_batch, struct_size, 0, 4);
 
@@ -265,3 +281,4 @@ VALUE(FKV_MAX_TOP_K, 256);
 VALUE(FKV_MAX_SCOPE, 16777216);
 VALUE(FKV_CONTEXT_PROPAGATE_NONFINITE, 1u);
 VALUE(FKV_ALL_SEQUENCES, -1);
+VALUE(FKV_ALL_LAYERS, -1);

@@ -214,8 +214,31 @@ static void failing(void **state) {
     end(s);
 }
 
+/* Queries with selection see views, not the whole: the fidelity meter counts what it could not measure. */
+static void with_meter(void **state) {
+    (void)state;
+    struct setup *s = begin(FKV_DOMAIN_UNROTATED);
+    fkv_select_params p = small();
+    fkv_fidelity got = {.struct_size = sizeof got};
+    OK(fkv_cache_meter(s->cache, 1));
+    OK(fkv_plan_select(s->plan, &p));
+    OK(update(s, 4 + 128 + 128));
+    OK(run(s, 0, 4 + 128 + 128));
+    OK(fkv_cache_fidelity(s->cache, 0, &got));
+    assert_int_equal(got.blocks, 0);
+    assert_int_equal(got.blocks_missed, 1);
+    OK(fkv_plan_select(s->plan, NULL));
+    OK(update(s, 128));
+    OK(run(s, 4 + 128 + 128, 128));
+    OK(fkv_cache_fidelity(s->cache, 0, &got));
+    assert_int_equal(got.blocks, 1);
+    assert_int_equal(got.blocks_missed, 1);
+    assert_true(got.block_error > 0);
+    end(s);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(params), cmocka_unit_test(states),
-                                       cmocka_unit_test(failing)};
+                                       cmocka_unit_test(failing), cmocka_unit_test(with_meter)};
     return cmocka_run_group_tests_name("selection", tests, NULL, NULL);
 }

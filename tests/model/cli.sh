@@ -42,6 +42,9 @@ refuse '--context -1' --context -1
 refuse '--context 1e3' --context 1e3
 refuse '--context 99999999999999999999' --context 99999999999999999999
 refuse '--items 0' --items 0
+refuse '--meter 2' --meter 2
+refuse '--meter' --meter 0.5 --longcache
+refuse 'calibrated' --meter 0.5 --context 512
 refuse '--depth nan' --depth nan
 refuse '--depth 1.5' --depth 1.5
 refuse '--threads 0' --threads 0
@@ -113,6 +116,18 @@ answers '0.5 < end["bits_per_byte"] < 3 and end["exact"] is None' \
     --task text --context 400 --items 1 --logits "$tmp/logits"
 # 511 tokens of 320 logits.
 [ "$(wc -c <"$tmp/logits")" -eq $((511 * 320 * 4)) ] || fail "--logits: wrong size"
+
+# The meter adds what it found; 2 bits cost more than 8.
+answers 'end["meter"]["fraction"] == 0.5 and len(end["meter"]["layers"]) == 8 and
+         sum(l["blocks"] for l in end["meter"]["layers"]) == end["meter"]["blocks"] > 8 and
+         end["meter"]["samples"] == 6 * end["meter"]["blocks"] and
+         0.2 < end["meter"]["block_error"] < 2 and 0.01 < end["meter"]["output_error"] < 1' \
+    --task text --context 1024 --items 1 --profile uniform:2 --meter 0.5
+answers 'end["meter"]["block_error"] < 0.02 and end["meter"]["output_error"] < 0.005' \
+    --task text --context 1024 --items 1 --profile uniform:8 --meter 1
+"$program" --model "$model" --text "$text" --task text --context 1024 --items 1 --profile uniform:8 \
+    --meter 1 >"$tmp/out" 2>"$tmp/err" || fail "--meter: exit status $?: $(cat "$tmp/err")"
+[ "$(grep -c '^  \([0-7]\|all\) ' "$tmp/out")" -eq 9 ] || fail "--meter: $(cat "$tmp/out")"
 
 # A full disk is an error, too.
 if [ -w /dev/full ]; then

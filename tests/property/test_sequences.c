@@ -428,11 +428,88 @@ static void estimates(void **state) {
     }
 }
 
+/* ---- long steps, which have no table of RoPE's sines */
+
+/* A refusal says where, from a row made for it alone. */
+static void refused_far_in(struct world *w, struct stream *s) {
+    const struct config *c = &w->config;
+    const int64_t at = s->n * 9 / 10, row = (int64_t)c->kv_heads * c->head_dim;
+    char text[300] = "", place[32];
+    if (c->storage != FKV_DTYPE_F16)
+        return;
+    s->k[0][at * row] = 3e5f;
+    struct part part = {world_sequence(w), s, 0, s->n};
+    CHECK(step_try(w, &part, 1, STEP_APPEND, NULL) == FKV_ERR_NONFINITE);
+    OK(fkv_context_message(w->ctx, text, sizeof text, NULL));
+    snprintf(place, sizeof place, "k[%lld][0]", (long long)at);
+    if (!strstr(text, place))
+        property_fail("%s is not in: %s", place, text);
+}
+
+static void long_step(const struct config *c) {
+    struct world w;
+    struct stream s;
+    struct outputs a, b;
+    struct held h;
+
+    world_open(&w, c);
+    stream_init(&s, c, 1, c->tokens);
+    fkv_sequence whole = world_sequence(&w), pieces = world_sequence(&w);
+    step_one(&w, whole, &s, 0, s.n, STEP_APPEND, NULL);
+    feed(&w, pieces, &s, 6, STEP_APPEND, NULL);
+    held_same(&w, whole, &w, pieces, s.n);
+    /* queries of as long a step, to what is held and to themselves */
+    fkv_sequence fused = world_sequence(&w);
+    step_one(&w, fused, &s, 0, s.n, STEP_FUSED, &a);
+    if (!c->fourier && !c->calibrated) { /* else what they saw is coded now */
+        held_read(&h, &w, fused, 0, 0, s.n);
+        check_attention(&w, 0, &h, &s, 0, s.n, 0, true, &a, 0);
+        held_free(&h);
+        fkv_sequence again = world_sequence(&w);
+        feed(&w, again, &s, 6, STEP_FUSED, &b);
+        outputs_same(&a, 0, &b, 0, s.n, c, "in pieces");
+        outputs_free(&b);
+    }
+    outputs_free(&a);
+    const int64_t next = s.positions[s.n - 1] + 1;
+    for (int64_t t = 0; t < s.n; t++)
+        s.positions[t] = next + t;
+    step_one(&w, whole, &s, 0, s.n, STEP_ATTEND, &a);
+    held_read(&h, &w, whole, 0, 0, s.n);
+    check_attention(&w, 0, &h, &s, 0, s.n, s.n, false, &a, 0);
+    held_free(&h);
+    outputs_free(&a);
+    refused_far_in(&w, &s);
+    stream_free(&s);
+    world_close(&w);
+}
+
+static void long_steps(void **state) {
+    (void)state;
+    for (int i = 0; i < runs(16); i++) {
+        struct config c = draw(i % 3);
+        c.layers = 1;
+        c.kv_heads = 2;
+        c.group = c.group > 2 ? 2 : c.group;
+        c.head_dim = i % 2 ? 16 : 24;
+        c.rope = i % 4 < 2 ? FKV_ROPE_HALF_SPLIT : FKV_ROPE_INTERLEAVED;
+        c.rope_dim = 0;
+        c.storage = i % 5 ? FKV_DTYPE_F16 : FKV_DTYPE_F32;
+        c.in = FKV_DTYPE_F32;
+        c.flags = 0;
+        c.tokens = random_int(&rng, 2065, 2300);
+        property_run("long_step", long_step, &c);
+    }
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(row_of_a_batch),          cmocka_unit_test(number_of_threads),
-        cmocka_unit_test(bad_values_are_rejected), cmocka_unit_test(bad_values_stay_in_their_place),
-        cmocka_unit_test(counted_bytes),           cmocka_unit_test(estimates)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(row_of_a_batch),
+                                       cmocka_unit_test(number_of_threads),
+                                       cmocka_unit_test(bad_values_are_rejected),
+                                       cmocka_unit_test(bad_values_stay_in_their_place),
+                                       cmocka_unit_test(counted_bytes),
+                                       cmocka_unit_test(estimates),
+                                       cmocka_unit_test(long_steps)};
 
     random_init(&rng, random_seed("test_sequences", 5));
     return cmocka_run_group_tests_name("sequences", tests, NULL, NULL);

@@ -20,8 +20,8 @@ from ._native import lib as _lib
 from ._objects import Context
 from ._types import (AllocationInfo, AllocationParams, Backend, CacheParams, CalibratorParams,
                      Channel, CodecParams, Coding, ContextInfo, ContextParams, CpuLevel,
-                     Criterion, Device, Domain, DType, FourierParams, ModelParams, Outgrow, Part,
-                     ProfileInfo, Restoration, RopeLayout, Selection, SelectParams,
+                     Criterion, Device, Domain, DType, Fidelity, FourierParams, ModelParams, Outgrow,
+                     Part, ProfileInfo, Restoration, RopeLayout, Selection, SelectParams,
                      SequenceParams, Statistic, Stats, Status, Target)
 from .cache import Cache, Plan, Sequence
 from .calibration import calibrate
@@ -36,7 +36,7 @@ __all__ = [
     'AllocationInfo', 'AllocationParams', 'Backend', 'BufferTooSmallError', 'BusyError', 'Cache',
     'CacheParams', 'Calibrator', 'CalibratorParams', 'Channel', 'ChecksumError', 'CodecParams',
     'Coding', 'Context', 'ContextInfo', 'ContextParams', 'CpuLevel', 'Criterion', 'DType',
-    'Device', 'DeviceError', 'Domain', 'Error', 'FileError', 'FormatError', 'FourierParams',
+    'Device', 'DeviceError', 'Domain', 'Error', 'Fidelity', 'FileError', 'FormatError', 'FourierParams',
     'HandleError', 'InvalidError', 'LimitError', 'MismatchError', 'ModelParams', 'NoMemoryError',
     'NonFiniteError', 'Outgrow', 'Part', 'Plan', 'Profile', 'ProfileInfo', 'Restoration',
     'RopeLayout', 'SelectParams', 'Selection', 'Sequence', 'SequenceParams', 'StateError',

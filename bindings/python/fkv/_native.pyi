@@ -15,6 +15,7 @@ class _Lib:
     FKV_MAX_NDIM: int
     FKV_CONTEXT_PROPAGATE_NONFINITE: int
     FKV_ALL_SEQUENCES: int
+    FKV_ALL_LAYERS: int
     FKV_OK: int
     FKV_ERR_INVALID: int
     FKV_ERR_HANDLE: int
@@ -420,6 +421,23 @@ class _Lib:
     def fkv_cache_stats(self, cache: Any, sequence: int, stats: Any) -> int:
         """Fills *stats for a sequence or FKV_ALL_SEQUENCES; set stats->struct_size before. Errors:
         HANDLE, INVALID, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_cache_meter(self, cache: Any, fraction: float) -> int:
+        """Starts the fidelity meter of a cache with a calibrated profile, on the CPU: from each
+        plan's next fkv_plan_update() on this `fraction` of the blocks of every layer is
+        measured; 1 measures all. Which, depends on layer and place in the sequence only, evenly
+        spread. Figures begin afresh; 0 ends the meter, as does the cache's end. Outputs and
+        what is held are the same bits with and without. Costs: docs/codec.md. Errors: HANDLE,
+        INVALID (not in 0..1), UNSUPPORTED (other profiles, CUDA), NOMEM, LIMIT, BUSY. Since
+        0.1.
+        """
+        ...
+    def fkv_cache_fidelity(self, cache: Any, layer: int, fidelity: Any) -> int:
+        """Fills *fidelity with what the meter has found in a layer or FKV_ALL_LAYERS, over all
+        sequences, also those freed; set fidelity->struct_size before. All numbers but fraction
+        are 0 until a block was measured. Errors: HANDLE, INVALID, STATE (the meter is off),
+        BUSY. Since 0.1.
         """
         ...
     def fkv_profile_estimate(self, profile: Any, tokens: int, period: int, stats: Any) -> int:

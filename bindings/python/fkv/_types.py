@@ -652,6 +652,58 @@ class Stats:
     """Calibrated: scales and zero points of sealed blocks."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+    """What coding has cost attention, measured on the tokens and queries of this very cache:
+    fkv_cache_meter() chooses blocks, each is measured when it is sealed, while its exact tokens
+    are still there, with the queries of the token whose arrival seals it. A sample is one query
+    head and one block. o and l are output and log-sum-exp of attention to the block's tokens
+    alone, exact; o' and l' the same from the sealed block; O the query's whole output. Samples
+    that are not finite are left out. Since 0.1.
+    """
+    _c: ClassVar[str] = 'fkv_fidelity'
+    _kinds: ClassVar[dict] = {
+        'fraction': 'number',
+        'blocks': 'number',
+        'blocks_missed': 'number',
+        'samples': 'number',
+        'block_error': 'number',
+        'block_error_max': 'number',
+        'lse_bias': 'number',
+        'lse_error': 'number',
+        'lse_error_max': 'number',
+        'weight': 'number',
+        'output_error': 'number',
+        'output_error_max': 'number',
+    }
+    fraction: float
+    """Of blocks that are chosen, as set."""
+    blocks: int
+    """Blocks measured; those of each layer count."""
+    blocks_missed: int
+    """Blocks chosen but not measured: sealed by fkv_append(), which has no queries, or with
+    selection.
+    """
+    samples: int
+    """Samples: query heads of measured blocks."""
+    block_error: float
+    """sqrt(sum |o' - o|^2 / sum |o|^2): the relative error of the block's output."""
+    block_error_max: float
+    """The largest |o' - o| / |o|."""
+    lse_bias: float
+    """Mean of l' - l: above 0, coded tokens draw too much attention."""
+    lse_error: float
+    """Root of the mean of (l' - l)^2."""
+    lse_error_max: float
+    """The largest |l' - l|."""
+    weight: float
+    """Mean share of all attention that the block has."""
+    output_error: float
+    """sqrt(sum |O' - O|^2 / sum |O|^2), O' being O with this one block coded."""
+    output_error_max: float
+    """The largest |O' - O| / |O|."""
+
+
 @dataclasses.dataclass
 class SelectParams:
     """Selection: attention to a sequence of any length within a finite scope (LongCache, arXiv 2407.15176, here

@@ -10,7 +10,7 @@ import numpy
 
 from ._convert import (TENSOR, View, empty_for, ffi, from_c, int64_list, lib, new_result, to_c)
 from ._objects import Context, Handle, expect, tensor_pointer
-from ._types import CacheParams, Selection, SelectParams, SequenceParams, Stats
+from ._types import CacheParams, Fidelity, Selection, SelectParams, SequenceParams, Stats
 from .profile import Profile
 
 _cast = ffi.cast
@@ -61,6 +61,21 @@ class Cache(Handle):
         struct = new_result(Stats)
         self._check(lib.fkv_cache_stats(self._pointer, sequence, struct))
         return from_c(Stats, struct)
+
+    def meter(self, fraction: float = 1.0) -> None:
+        """Starts the fidelity meter: `fraction` of the blocks of each layer is measured as they are sealed.
+
+        From each plan's next update() on. Figures begin afresh; 0 ends the meter. For calibrated profiles
+        on the CPU, else UnsupportedError. Outputs do not change.
+        """
+        self._check(lib.fkv_cache_meter(self._pointer, fraction))
+
+    def fidelity(self, layer: int | None = None) -> Fidelity:
+        """What the meter has found in a layer, or (None) in all. StateError while it is off."""
+        struct = new_result(Fidelity)
+        self._check(lib.fkv_cache_fidelity(
+            self._pointer, lib.FKV_ALL_LAYERS if layer is None else layer, struct))
+        return from_c(Fidelity, struct)
 
     def _collect(self) -> None:
         """Frees the garbage that could not be freed at once."""

@@ -28,6 +28,7 @@ FKV_MAX_SCOPE = 16777216
 FKV_MAX_NDIM = 4
 FKV_CONTEXT_PROPAGATE_NONFINITE = 1
 FKV_ALL_SEQUENCES = -1
+FKV_ALL_LAYERS = -1
 
 FKV_OK = 0
 FKV_ERR_INVALID = -1
@@ -364,6 +365,32 @@ class fkv_stats(Structure):
     ]
 
 
+class fkv_fidelity(Structure):
+    """What coding has cost attention, measured on the tokens and queries of this very cache:
+    fkv_cache_meter() chooses blocks, each is measured when it is sealed, while its exact tokens
+    are still there, with the queries of the token whose arrival seals it. A sample is one query
+    head and one block. o and l are output and log-sum-exp of attention to the block's tokens
+    alone, exact; o' and l' the same from the sealed block; O the query's whole output. Samples
+    that are not finite are left out. Since 0.1.
+    """
+    _fields_ = [
+        ('struct_size', c_uint32),
+        ('reserved', c_int32),
+        ('fraction', c_double),
+        ('blocks', c_uint64),
+        ('blocks_missed', c_uint64),
+        ('samples', c_uint64),
+        ('block_error', c_double),
+        ('block_error_max', c_double),
+        ('lse_bias', c_double),
+        ('lse_error', c_double),
+        ('lse_error_max', c_double),
+        ('weight', c_double),
+        ('output_error', c_double),
+        ('output_error_max', c_double),
+    ]
+
+
 class fkv_batch(Structure):
     """A step: which sequences get how many new tokens. Only read during the call. Since 0.1."""
     _fields_ = [
@@ -502,6 +529,8 @@ PROTOTYPES = {
     'fkv_sequence_read': (c_int32, [POINTER(fkv_cache), c_int64, c_int32, c_int64, c_int64,
         POINTER(fkv_tensor), POINTER(fkv_tensor)]),
     'fkv_cache_stats': (c_int32, [POINTER(fkv_cache), c_int64, POINTER(fkv_stats)]),
+    'fkv_cache_meter': (c_int32, [POINTER(fkv_cache), c_double]),
+    'fkv_cache_fidelity': (c_int32, [POINTER(fkv_cache), c_int32, POINTER(fkv_fidelity)]),
     'fkv_profile_estimate': (c_int32, [POINTER(fkv_profile), c_int64, c_int64, POINTER(fkv_stats)]),
     'fkv_batch_init': (c_int32, [POINTER(fkv_batch), c_size_t]),
     'fkv_plan_create': (c_int32, [POINTER(fkv_cache), POINTER(POINTER(fkv_plan))]),

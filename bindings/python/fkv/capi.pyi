@@ -15,6 +15,7 @@ FKV_MAX_SCOPE: int
 FKV_MAX_NDIM: int
 FKV_CONTEXT_PROPAGATE_NONFINITE: int
 FKV_ALL_SEQUENCES: int
+FKV_ALL_LAYERS: int
 FKV_OK: int
 FKV_ERR_INVALID: int
 FKV_ERR_HANDLE: int
@@ -454,6 +455,46 @@ class fkv_stats(ctypes.Structure):
     """Calibrated: scales and zero points of sealed blocks."""
 
 
+class fkv_fidelity(ctypes.Structure):
+    """What coding has cost attention, measured on the tokens and queries of this very cache:
+    fkv_cache_meter() chooses blocks, each is measured when it is sealed, while its exact tokens
+    are still there, with the queries of the token whose arrival seals it. A sample is one query
+    head and one block. o and l are output and log-sum-exp of attention to the block's tokens
+    alone, exact; o' and l' the same from the sealed block; O the query's whole output. Samples
+    that are not finite are left out. Since 0.1.
+    """
+    struct_size: int
+    """sizeof(fkv_fidelity) as the caller compiled it; no more than this is written."""
+    reserved: int
+    """Zero."""
+    fraction: float
+    """Of blocks that are chosen, as set."""
+    blocks: int
+    """Blocks measured; those of each layer count."""
+    blocks_missed: int
+    """Blocks chosen but not measured: sealed by fkv_append(), which has no queries, or with
+    selection.
+    """
+    samples: int
+    """Samples: query heads of measured blocks."""
+    block_error: float
+    """sqrt(sum |o' - o|^2 / sum |o|^2): the relative error of the block's output."""
+    block_error_max: float
+    """The largest |o' - o| / |o|."""
+    lse_bias: float
+    """Mean of l' - l: above 0, coded tokens draw too much attention."""
+    lse_error: float
+    """Root of the mean of (l' - l)^2."""
+    lse_error_max: float
+    """The largest |l' - l|."""
+    weight: float
+    """Mean share of all attention that the block has."""
+    output_error: float
+    """sqrt(sum |O' - O|^2 / sum |O|^2), O' being O with this one block coded."""
+    output_error_max: float
+    """The largest |O' - O| / |O|."""
+
+
 class fkv_batch(ctypes.Structure):
     """A step: which sequences get how many new tokens. Only read during the call. Since 0.1."""
     struct_size: int
@@ -866,6 +907,23 @@ class Library(ctypes.CDLL):
     def fkv_cache_stats(self, cache: Any, sequence: int, stats: Any) -> int:
         """Fills *stats for a sequence or FKV_ALL_SEQUENCES; set stats->struct_size before. Errors:
         HANDLE, INVALID, BUSY. Since 0.1.
+        """
+        ...
+    def fkv_cache_meter(self, cache: Any, fraction: float) -> int:
+        """Starts the fidelity meter of a cache with a calibrated profile, on the CPU: from each
+        plan's next fkv_plan_update() on this `fraction` of the blocks of every layer is
+        measured; 1 measures all. Which, depends on layer and place in the sequence only, evenly
+        spread. Figures begin afresh; 0 ends the meter, as does the cache's end. Outputs and
+        what is held are the same bits with and without. Costs: docs/codec.md. Errors: HANDLE,
+        INVALID (not in 0..1), UNSUPPORTED (other profiles, CUDA), NOMEM, LIMIT, BUSY. Since
+        0.1.
+        """
+        ...
+    def fkv_cache_fidelity(self, cache: Any, layer: int, fidelity: Any) -> int:
+        """Fills *fidelity with what the meter has found in a layer or FKV_ALL_LAYERS, over all
+        sequences, also those freed; set fidelity->struct_size before. All numbers but fraction
+        are 0 until a block was measured. Errors: HANDLE, INVALID, STATE (the meter is off),
+        BUSY. Since 0.1.
         """
         ...
     def fkv_profile_estimate(self, profile: Any, tokens: int, period: int, stats: Any) -> int:

@@ -124,3 +124,32 @@ def test_command_line_shows_bits(coded, tmp_path):
     assert numpy.allclose(shown['bits']['k'], bits[0].mean(axis=2))
     text = subprocess.check_output(command, text=True)
     assert 'mean bits of a channel' in text and 'calibrated profile' in text
+
+
+def test_meter_tells_good_codings_from_bad_ones(context, model, random):
+    errors = []
+    for bits in (2, 8):
+        cache = fkv.Cache(context, fkv.Profile.uniform(context, model, bits, CODEC))
+        with pytest.raises(fkv.StateError):
+            cache.fidelity()
+        cache.meter()
+        sequence, plan = cache.sequence(), cache.plan()
+        plan.update([sequence], 300)
+        for layer in range(oracle.LAYERS):
+            plan.append_attend(layer, *oracle.tokens(random, 300))
+        found = cache.fidelity()
+        assert found.fraction == 1 and found.blocks_missed == 0
+        assert found.blocks == oracle.LAYERS * (300 - 4 - 32) // 64
+        assert cache.fidelity(0).blocks * oracle.LAYERS == found.blocks
+        errors.append(found.block_error)
+        for bad in (-1, 1.5):
+            with pytest.raises(fkv.InvalidError):
+                cache.meter(bad)
+        with pytest.raises(fkv.InvalidError):
+            cache.fidelity(oracle.LAYERS)
+        cache.meter(0)
+        with pytest.raises(fkv.StateError):
+            cache.fidelity()
+    assert errors[0] > 10 * errors[1] > 0
+    with pytest.raises(fkv.UnsupportedError):
+        fkv.Cache(context, fkv.Profile.exact(context, model)).meter()

@@ -11,6 +11,7 @@ pub const FKV_MAX_SCOPE: u32 = 16777216;
 pub const FKV_MAX_NDIM: u32 = 4;
 pub const FKV_CONTEXT_PROPAGATE_NONFINITE: u32 = 1;
 pub const FKV_ALL_SEQUENCES: i32 = -1;
+pub const FKV_ALL_LAYERS: i32 = -1;
 pub type __uint8_t = std::os::raw::c_uchar;
 pub type __int32_t = std::os::raw::c_int;
 pub type __uint32_t = std::os::raw::c_uint;
@@ -3436,6 +3437,294 @@ fn bindgen_test_layout_fkv_stats() {
     }
     test_field_bytes_scales();
 }
+#[doc = " What coding has cost attention, measured on the tokens and queries of this very cache: fkv_cache_meter()"]
+#[doc = " chooses blocks, each is measured when it is sealed, while its exact tokens are still there, with the queries"]
+#[doc = " of the token whose arrival seals it. A sample is one query head and one block. o and l are output and"]
+#[doc = " log-sum-exp of attention to the block's tokens alone, exact; o' and l' the same from the sealed block; O the"]
+#[doc = " query's whole output. Samples that are not finite are left out. Since 0.1."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct fkv_fidelity {
+    #[doc = " sizeof(fkv_fidelity) as the caller compiled it; no more than this is written."]
+    pub struct_size: u32,
+    #[doc = " Zero."]
+    pub reserved: i32,
+    #[doc = " Of blocks that are chosen, as set."]
+    pub fraction: f64,
+    #[doc = " Blocks measured; those of each layer count."]
+    pub blocks: u64,
+    #[doc = " Blocks chosen but not measured: sealed by fkv_append(), which has no queries, or with selection."]
+    pub blocks_missed: u64,
+    #[doc = " Samples: query heads of measured blocks."]
+    pub samples: u64,
+    #[doc = " sqrt(sum |o' - o|^2 / sum |o|^2): the relative error of the block's output."]
+    pub block_error: f64,
+    #[doc = " The largest |o' - o| / |o|."]
+    pub block_error_max: f64,
+    #[doc = " Mean of l' - l: above 0, coded tokens draw too much attention."]
+    pub lse_bias: f64,
+    #[doc = " Root of the mean of (l' - l)^2."]
+    pub lse_error: f64,
+    #[doc = " The largest |l' - l|."]
+    pub lse_error_max: f64,
+    #[doc = " Mean share of all attention that the block has."]
+    pub weight: f64,
+    #[doc = " sqrt(sum |O' - O|^2 / sum |O|^2), O' being O with this one block coded."]
+    pub output_error: f64,
+    #[doc = " The largest |O' - O| / |O|."]
+    pub output_error_max: f64,
+}
+#[test]
+fn bindgen_test_layout_fkv_fidelity() {
+    assert_eq!(
+        ::core::mem::size_of::<fkv_fidelity>(),
+        104usize,
+        concat!("Size of: ", stringify!(fkv_fidelity))
+    );
+    assert_eq!(
+        ::core::mem::align_of::<fkv_fidelity>(),
+        8usize,
+        concat!("Alignment of ", stringify!(fkv_fidelity))
+    );
+    fn test_field_struct_size() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).struct_size) as usize - ptr as usize
+            },
+            0usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(struct_size)
+            )
+        );
+    }
+    test_field_struct_size();
+    fn test_field_reserved() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).reserved) as usize - ptr as usize
+            },
+            4usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(reserved)
+            )
+        );
+    }
+    test_field_reserved();
+    fn test_field_fraction() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).fraction) as usize - ptr as usize
+            },
+            8usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(fraction)
+            )
+        );
+    }
+    test_field_fraction();
+    fn test_field_blocks() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).blocks) as usize - ptr as usize
+            },
+            16usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(blocks)
+            )
+        );
+    }
+    test_field_blocks();
+    fn test_field_blocks_missed() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).blocks_missed) as usize - ptr as usize
+            },
+            24usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(blocks_missed)
+            )
+        );
+    }
+    test_field_blocks_missed();
+    fn test_field_samples() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).samples) as usize - ptr as usize
+            },
+            32usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(samples)
+            )
+        );
+    }
+    test_field_samples();
+    fn test_field_block_error() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).block_error) as usize - ptr as usize
+            },
+            40usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(block_error)
+            )
+        );
+    }
+    test_field_block_error();
+    fn test_field_block_error_max() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).block_error_max) as usize - ptr as usize
+            },
+            48usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(block_error_max)
+            )
+        );
+    }
+    test_field_block_error_max();
+    fn test_field_lse_bias() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).lse_bias) as usize - ptr as usize
+            },
+            56usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(lse_bias)
+            )
+        );
+    }
+    test_field_lse_bias();
+    fn test_field_lse_error() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).lse_error) as usize - ptr as usize
+            },
+            64usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(lse_error)
+            )
+        );
+    }
+    test_field_lse_error();
+    fn test_field_lse_error_max() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).lse_error_max) as usize - ptr as usize
+            },
+            72usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(lse_error_max)
+            )
+        );
+    }
+    test_field_lse_error_max();
+    fn test_field_weight() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).weight) as usize - ptr as usize
+            },
+            80usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(weight)
+            )
+        );
+    }
+    test_field_weight();
+    fn test_field_output_error() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).output_error) as usize - ptr as usize
+            },
+            88usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(output_error)
+            )
+        );
+    }
+    test_field_output_error();
+    fn test_field_output_error_max() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_fidelity>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).output_error_max) as usize - ptr as usize
+            },
+            96usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_fidelity),
+                "::",
+                stringify!(output_error_max)
+            )
+        );
+    }
+    test_field_output_error_max();
+}
 extern "C" {
     #[doc = " Fills *params with the defaults. Errors: INVALID."]
     pub fn fkv_cache_params_init(params: *mut fkv_cache_params, struct_size: usize) -> fkv_status;
@@ -3563,6 +3852,24 @@ extern "C" {
         cache: *mut fkv_cache,
         sequence: fkv_sequence,
         stats: *mut fkv_stats,
+    ) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Starts the fidelity meter of a cache with a calibrated profile, on the CPU: from each plan's next"]
+    #[doc = " fkv_plan_update() on this `fraction` of the blocks of every layer is measured; 1 measures all. Which, depends"]
+    #[doc = " on layer and place in the sequence only, evenly spread. Figures begin afresh; 0 ends the meter, as does the"]
+    #[doc = " cache's end. Outputs and what is held are the same bits with and without. Costs: docs/codec.md."]
+    #[doc = " Errors: HANDLE, INVALID (not in 0..1), UNSUPPORTED (other profiles, CUDA), NOMEM, LIMIT, BUSY. Since 0.1."]
+    pub fn fkv_cache_meter(cache: *mut fkv_cache, fraction: f64) -> fkv_status;
+}
+extern "C" {
+    #[doc = " Fills *fidelity with what the meter has found in a layer or FKV_ALL_LAYERS, over all sequences, also those"]
+    #[doc = " freed; set fidelity->struct_size before. All numbers but fraction are 0 until a block was measured."]
+    #[doc = " Errors: HANDLE, INVALID, STATE (the meter is off), BUSY. Since 0.1."]
+    pub fn fkv_cache_fidelity(
+        cache: *mut fkv_cache,
+        layer: i32,
+        fidelity: *mut fkv_fidelity,
     ) -> fkv_status;
 }
 extern "C" {

@@ -117,6 +117,10 @@ fn facts() -> Facts {
             bytes_coefficients bytes_tables dense_bytes ratio
             bytes_shared bytes_blocks bytes_scales
         }
+        fkv_fidelity {
+            struct_size reserved fraction blocks blocks_missed samples block_error block_error_max lse_bias
+            lse_error lse_error_max weight output_error output_error_max
+        }
         fkv_batch { struct_size count sequences n_new positions positions_count }
         fkv_select_params { struct_size n_global n_local span top_k clip chunk reserved }
         fkv_selection {
@@ -131,7 +135,7 @@ fn facts() -> Facts {
     constants! { facts,
         FKV_VERSION_MAJOR FKV_VERSION_MINOR FKV_VERSION_PATCH FKV_ABI_VERSION FKV_MAX_HEAD_DIM
         FKV_MAX_SINK FKV_MAX_NDIM FKV_MAX_TOP_K FKV_MAX_SCOPE FKV_CONTEXT_PROPAGATE_NONFINITE
-        FKV_ALL_SEQUENCES FKV_OK
+        FKV_ALL_SEQUENCES FKV_ALL_LAYERS FKV_OK
         FKV_ERR_INVALID FKV_ERR_HANDLE FKV_ERR_STATE FKV_ERR_NOMEM FKV_ERR_LIMIT FKV_ERR_NONFINITE
         FKV_ERR_IO FKV_ERR_FORMAT FKV_ERR_CHECKSUM FKV_ERR_VERSION FKV_ERR_MISMATCH
         FKV_ERR_UNSUPPORTED FKV_ERR_DEVICE FKV_ERR_BUSY FKV_ERR_BUFFER FKV_DTYPE_NONE FKV_DTYPE_F32

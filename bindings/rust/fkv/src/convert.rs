@@ -73,4 +73,5 @@ structs! {
     fkv_tensor fkv_context_params fkv_context_info fkv_model_params fkv_fourier_params
     fkv_profile_info fkv_calibrator_params fkv_cache_params fkv_sequence_params fkv_stats fkv_batch
     fkv_codec_params fkv_select_params fkv_selection fkv_allocation_params fkv_allocation_info
+    fkv_fidelity
 }

@@ -80,6 +80,7 @@ mod code;
 mod context;
 mod convert;
 mod error;
+mod fidelity;
 mod half;
 mod model;
 mod plan;
@@ -96,6 +97,7 @@ pub use code::{
 };
 pub use context::{Context, ContextInfo, ContextParams};
 pub use error::{Error, Result};
+pub use fidelity::Fidelity;
 pub use half::{Bf16, F16};
 pub use model::{CodecParams, FourierParams, ModelParams};
 pub use plan::{Batch, Plan};

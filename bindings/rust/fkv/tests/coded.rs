@@ -243,3 +243,47 @@ fn streams_and_graphs_are_for_devices() {
     let error = plan.replayed(&mut cache).unwrap_err();
     assert_eq!(error.status(), Status::Unsupported);
 }
+
+#[test]
+fn the_meter_tells_good_codings_from_bad_ones() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let codec = codec(Domain::Rotated);
+    let mut numbers = Numbers::new(9);
+    let shape = [TOKENS, 1, D];
+    let x = numbers.take(TOKENS * D);
+    let x = TensorRef::new(&x, &shape).unwrap();
+    let mut errors = Vec::new();
+    for bits in [Channel::Bits2, Channel::Bits8] {
+        let profile = Profile::uniform(&context, &model, &codec, bits).unwrap();
+        let mut cache = Cache::new(&context, &profile).unwrap();
+        assert_eq!(cache.fidelity(None).unwrap_err().status(), Status::State);
+        cache.meter(1.0).unwrap();
+        let sequence = cache.create_sequence().unwrap();
+        let mut plan = Plan::new(&cache).unwrap();
+        let mut batch = Batch::new();
+        batch.push(&sequence, TOKENS);
+        plan.update(&cache, &batch).unwrap();
+        let mut out = vec![0f32; TOKENS * D];
+        let mut out = TensorMut::new(&mut out, &shape).unwrap();
+        plan.append_attend(&mut cache, 0, &x, &x, &x, &mut out, None)
+            .unwrap();
+        let found = cache.fidelity(Some(0)).unwrap();
+        assert_eq!(found, cache.fidelity(None).unwrap());
+        assert_eq!(
+            (found.blocks, found.samples, found.blocks_missed),
+            (4, 4, 0)
+        );
+        assert!(found.fraction == 1.0 && found.weight > 0.0 && found.output_error > 0.0);
+        errors.push(found.block_error);
+        assert_eq!(
+            cache.fidelity(Some(1)).unwrap_err().status(),
+            Status::Invalid
+        );
+        assert_eq!(cache.meter(1.5).unwrap_err().status(), Status::Invalid);
+        cache.meter(0.0).unwrap();
+    }
+    assert!(errors[0] > 10.0 * errors[1], "{errors:?}");
+    let exact = Profile::exact(&context, &model, Dtype::F16).unwrap();
+    let mut cache = Cache::new(&context, &exact).unwrap();
+    assert_eq!(cache.meter(1.0).unwrap_err().status(), Status::Unsupported);
+}
