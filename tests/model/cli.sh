@@ -84,6 +84,10 @@ copy_model
 rm -f "$tmp/model/fourier.json"
 refuse "--calibrate $tmp/model/fourier.json" --model "$tmp/model" --profile fourier --context 512
 
+refuse 'one --profile' --profile exact --profile fourier --chunk 512
+refuse 'one --profile' --profile exact --profile uniform:4 --longcache
+refuse 'at most' $(for i in $(seq 33); do echo --profile exact; done)
+
 "$program" --help >"$tmp/out" || fail "--help: exit status $?"
 grep -q 'Usage: fkv-needle' "$tmp/out" || fail "--help: no usage"
 "$program" --version >"$tmp/out" || fail "--version: exit status $?"
@@ -128,6 +132,23 @@ answers 'end["meter"]["block_error"] < 0.02 and end["meter"]["output_error"] < 0
 "$program" --model "$model" --text "$text" --task text --context 1024 --items 1 --profile uniform:8 \
     --meter 1 >"$tmp/out" 2>"$tmp/err" || fail "--meter: exit status $?: $(cat "$tmp/err")"
 [ "$(grep -c '^  \([0-7]\|all\) ' "$tmp/out")" -eq 9 ] || fail "--meter: $(cat "$tmp/out")"
+
+# Several profiles share what is read, and each answers as it does by itself.
+for profile in exact uniform:8; do
+    "$program" --model "$model" --text "$text" --threads 2 --json --task text --context 1024 --items 2 \
+        --profile $profile >>"$tmp/single" 2>"$tmp/err" || fail "$profile: $(cat "$tmp/err")"
+done
+"$program" --model "$model" --text "$text" --threads 2 --json --task text --context 1024 --items 2 \
+    --profile exact --profile uniform:8 >"$tmp/out" 2>"$tmp/err" || fail "two profiles: $(cat "$tmp/err")"
+"$python" -c '
+import json, sys
+single, both = ({(x["profile"], x.get("item")): x for x in map(json.loads, open(path))}
+                for path in sys.argv[1:])
+assert set(single) == set(both) and len(both) == 6, (single, both)
+for key, x in both.items():
+    assert x["kv_bytes"] == single[key]["kv_bytes"], x
+    assert abs(x["bits_per_byte"] - single[key]["bits_per_byte"]) < 1e-3, x
+' "$tmp/single" "$tmp/out" || fail "two profiles: $(cat "$tmp/out")"
 
 # A full disk is an error, too.
 if [ -w /dev/full ]; then

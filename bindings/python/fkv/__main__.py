@@ -104,7 +104,8 @@ def calibrate(args) -> None:
         calibrator = calibration.gather(
             model, read_texts(args.text, args.tokens, tokenizer), tokenizer=tokenizer,
             context=context, params=models.model_params(args.model), codec=codec,
-            window=args.window, max_windows=args.windows, labels=args.labels)
+            window=args.window, max_windows=args.windows, labels=args.labels,
+            gradients=not args.no_gradients)
         params = fkv.AllocationParams(value=args.ratio, tokens=args.at)
         profile, allocation = calibrator.allocate(params)
         profile.save(args.output)
@@ -174,6 +175,8 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument('--window', type=int, default=4096, help='tokens of a pass (default 4096)')
     made.add_argument('--windows', type=int, metavar='N', help='use only the first N windows')
     made.add_argument('--labels', default='text', choices=('text', 'model', 'both'))
+    made.add_argument('--no-gradients', action='store_true',
+                      help='forward passes only, which is a little worse')
     made.add_argument('--tokens', default='tokenizer', choices=('tokenizer', 'bytes'),
                       help='bytes: a byte is a token')
     made.add_argument('--device', default='cpu', help='of torch (default cpu)')

@@ -146,7 +146,8 @@ def test_other_criteria_have_no_sensitivities(context, model):
 
 
 @pytest.mark.torch
-def test_calibrate_a_model_of_transformers(context):
+@pytest.mark.parametrize('gradients', [True, False])
+def test_calibrate_a_model_of_transformers(context, gradients):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(1)
@@ -156,7 +157,7 @@ def test_calibrate_a_model_of_transformers(context):
     model = transformers.LlamaForCausalLM(config)
     ids = numpy.random.default_rng(2).integers(0, 64, 1600).tolist()
     profile, info = fkv.calibrate(model, [ids], 2.0, tokens=8192, window=512, codec=CODEC,
-                                  context=context, progress=False)
+                                  context=context, progress=False, gradients=gradients)
     assert info.ratio >= 2 and profile.info.coding == fkv.Coding.CALIBRATED
     assert all(p.requires_grad for p in model.parameters())
     profile.match(fkv.model_params(config))
