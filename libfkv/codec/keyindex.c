@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The making of the index of keys: see cache/index.h. */
+#include "cache/index.h"
+
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#define MAX_D FKV_MAX_HEAD_DIM
+
+/* Above this, keys are not told apart: sums of their squares could overflow. */
+#define MOST 0x1p60f
+
+struct tables {
+    float *scale, *zero, *reach;
+    float inverse[MAX_D];
+};
+
+/* Scales, zero points and the reach of a block. */
+static void find_ranges(const struct fkv_profile_object *p, const struct fkv_kernels *kernels,
+                        const char *keys, size_t tile_bytes, float *x, struct tables *to) {
+    const enum fkv_store store = fkv_store_of(p->storage_dtype);
+    const int D = p->model.head_dim;
+    const int64_t tiles = fkv_tiles_per_block(p);
+    float low[MAX_D], high[MAX_D], rest[MAX_D], sum = 0.0f;
+    for (int64_t i = 0; i < tiles; i++) {
+        kernels->widen[store](x, keys + (size_t)i * tile_bytes, (size_t)D * FKV_TILE);
+        for (int c = 0; c < D; c++) {
+            const float *k = x + c * FKV_TILE;
+            float least = i ? low[c] : k[0], most = i ? high[c] : k[0], none = i ? rest[c] : 0.0f;
+            for (int t = 0; t < FKV_TILE; t++) {
+                least = k[t] < least ? k[t] : least;
+                most = k[t] > most ? k[t] : most;
+                none += k[t] * 0.0f; /* stays 0 while all are finite */
+            }
+            low[c] = least;
+            high[c] = most;
+            rest[c] = none;
+        }
+    }
+    memset(to->scale, 0, fkv_index_head_bytes(p));
+    for (int c = 0; c < D; c++) {
+        const float far = fabsf(low[c]) > fabsf(high[c]) ? fabsf(low[c]) : fabsf(high[c]);
+        const bool good = rest[c] == 0.0f && far < MOST;
+        const float step = good ? (high[c] - low[c]) / 255.0f : 0.0f;
+        to->zero[c] = good ? low[c] : 0.0f;
+        to->scale[c] = step > 0x1p-100f ? step : 0.0f;
+        to->inverse[c] = step > 0x1p-100f ? 1.0f / step : 0.0f;
+        sum += good ? far * far : INFINITY;
+    }
+    *to->reach = sqrtf(sum) * 1.0001f + FKV_INDEX_TINY;
+}
+
+/* The upper half of a float that is not less. */
+static uint16_t round_up(float x) {
+    uint32_t bits;
+    if (!(x < 0x1p100f))
+        x = INFINITY;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0xffff) >> 16);
+}
+
+/* Codes of one channel of a tile; its residuals are added to the sums of squares. */
+static void code_channel(const float *k, float zero, float scale, float inverse, uint8_t *u,
+                         float *coarse, float *fine) {
+    for (int t = 0; t < FKV_TILE; t++) {
+        float code = (k[t] - zero) * inverse + 0.5f;
+        code = code > 0.0f ? code : 0.0f; /* NaN becomes 0 */
+        code = code < 255.0f ? code : 255.0f;
+        const int i = (int)code;
+        const float near = k[t] - (zero + scale * (float)i);
+        const float far = k[t] - (zero + scale * ((float)(i & 0xf0) + 7.5f));
+        u[t] = (uint8_t)i;
+        fine[t] += near * near;
+        coarse[t] += far * far;
+    }
+}
+
+/* What the floats above lack is less than a millionth of the reach. */
+static void save_bounds(const float *squares, float reach, uint16_t *to) {
+    for (int t = 0; t < FKV_TILE; t++)
+        to[t] = round_up(sqrtf(squares[t]) * 1.0001f + 1e-6f * reach + FKV_INDEX_TINY);
+}
+
+static void code_tile(const struct fkv_profile_object *p, const float *x, const struct tables *from,
+                      const struct fkv_index *to) {
+    const int D = p->model.head_dim, octets = (int)fkv_index_octets(p);
+    uint8_t *high = (uint8_t *)(uintptr_t)to->coarse, *low = (uint8_t *)(uintptr_t)to->fine;
+    float coarse[FKV_TILE] = {0}, fine[FKV_TILE] = {0};
+    for (int o = 0; o < octets; o++) {
+        uint8_t u[8][FKV_TILE] = {{0}};
+        for (int i = 0; i < 8 && 8 * o + i < D; i++) {
+            const int c = 8 * o + i;
+            code_channel(x + c * FKV_TILE, from->zero[c], from->scale[c], from->inverse[c], u[i],
+                         coarse, fine);
+        }
+        for (int t = 0; t < FKV_TILE; t++)
+            for (int i = 0; i < 4; i++) {
+                const int a = u[i][t], b = u[4 + i][t];
+                high[(o * FKV_TILE + t) * 4 + i] = (uint8_t)(a >> 4 | (b & 0xf0));
+                low[(t * octets + o) * 4 + i] = (uint8_t)((a & 15) | (b & 15) << 4);
+            }
+    }
+    save_bounds(coarse, *from->reach, (uint16_t *)(uintptr_t)to->coarse_bound);
+    save_bounds(fine, *from->reach, (uint16_t *)(uintptr_t)to->fine_bound);
+}
+
+void fkv_index_make(const struct fkv_profile_object *p, const struct fkv_kernels *kernels,
+                    const char *keys, size_t tile_bytes, float *x, char *at) {
+    const enum fkv_store store = fkv_store_of(p->storage_dtype);
+    struct tables tables = {.scale = (float *)(void *)at};
+    tables.zero = tables.scale + fkv_index_stride(p);
+    tables.reach = tables.zero + fkv_index_stride(p);
+    find_ranges(p, kernels, keys, tile_bytes, x, &tables);
+    for (int64_t i = 0; i < fkv_tiles_per_block(p); i++) {
+        const struct fkv_index to = fkv_index_of(p, at, i);
+        kernels->widen[store](x, keys + (size_t)i * tile_bytes,
+                              (size_t)p->model.head_dim * FKV_TILE);
+        code_tile(p, x, &tables, &to);
+    }
+}
