@@ -197,6 +197,74 @@ static FKV_DECL_OVER(FKV_NAME(over)) {
     }
 }
 
+static inline vi FKV_NAME(sift_dot)(vi s, vi u, vi z) {
+    return vi_dot_words(s, u, z);
+}
+#define SIFT(name) FKV_NAME(name)
+#define SIFT_TARGET
+#define SIFT_ROWS MAX_ROWS
+#define SIFT_VECTORS 2
+#define SIFT_DOT 0
+#include "simd_sift.h"
+
+static FKV_DECL_FOLD_INDEX(FKV_NAME(fold_index)) {
+    for (int r = 0; r < rows; r++, y += stride, z += stride, q += stride) {
+        vf most = v_zero(), zeros = v_zero(), all = v_zero(), rest = v_zero(), far = v_zero();
+        for (int c = 0; c < (channels + 15) / 16 * 16; c += VL) {
+            const int n = channels - c < VL ? channels - c : VL;
+            vf x = v_zero(), low = v_zero(), step = v_zero();
+            if (n > 0) {
+                x = v_first(v_load(q + c), n, v_zero());
+                low = v_first(v_load(zero + c), n, v_zero());
+                step = v_first(v_load(scale + c), n, v_zero());
+            }
+            const vf product = v_mul(x, step);
+            zeros = v_fma(x, low, zeros);
+            all = v_add(all, product);
+            most = v_max(most, v_abs(product));
+            v_store(y + c, product);
+        }
+        const float step = v_hmax(most) / 127.0f;
+        const vf size = v_set1(step), inverse = v_set1(step > 0x1p-120f ? 1.0f / step : 0.0f);
+        for (int c = 0; c < (channels + 15) / 16 * 16; c += VL) {
+            const vf product = v_load(y + c);
+            const vi code = v_to_int(v_mul(product, inverse));
+            const vf less = v_sub(product, v_mul(size, v_from_int(code)));
+            rest = v_add(rest, less);
+            far = v_add(far, v_abs(less));
+            vi_save_signed_bytes(z + c, code);
+        }
+        sums[r] = (struct fkv_folded){step, v_hsum(zeros), v_hsum(all), v_hsum(rest), v_hsum(far)};
+    }
+}
+
+/* The 8 codes of an octet, one in a byte. */
+static inline uint64_t octet(const uint8_t *p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof x);
+    return (x & UINT32_C(0x0f0f0f0f)) | (uint64_t)(x >> 4 & UINT32_C(0x0f0f0f0f)) << 32;
+}
+static inline __m256 refine_octet(const float *y, const uint8_t *coarse, const uint8_t *fine,
+                                  __m256 sum) {
+    const __m128i code = _mm_cvtsi64_si128((long long)(octet(coarse) << 4 | octet(fine)));
+    return _mm256_fmadd_ps(_mm256_loadu_ps(y), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(code)), sum);
+}
+
+static FKV_DECL_REFINE(FKV_NAME(refine)) {
+    __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+    int o = 0;
+    for (; o + 2 <= octets; o += 2, y += 16, coarse += 512, fine += 8) {
+        even = refine_octet(y, coarse, fine, even);
+        odd = refine_octet(y + 8, coarse + 256, fine + 4, odd);
+    }
+    if (o < octets)
+        even = refine_octet(y, coarse, fine, even);
+    even = _mm256_add_ps(even, odd);
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(even), _mm256_extractf128_ps(even, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
 #define SLOTS(name)                                                                                \
     { FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16) }
 
@@ -225,5 +293,8 @@ void FKV_NAME(fkv_kernels_init)(struct fkv_kernels *k) {
         .turn = SLOTS(turn),
         .unpack = FKV_NAME(unpack),
         .over = FKV_NAME(over),
+        .fold_index = FKV_NAME(fold_index),
+        .sift = FKV_NAME(sift),
+        .refine = FKV_NAME(refine),
     };
 }

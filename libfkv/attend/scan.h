@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A unit of the search for the best keys: up to 48 query heads of one KV head, over a range of pages. */
+#ifndef FKV_ATTEND_SCAN_H
+#define FKV_ATTEND_SCAN_H
+
+#include "attend/longcache.h"
+#include "cache/index.h"
+
+struct fkv_scan {
+    const struct fkv_longjob *job;
+    const struct fkv_party *party;
+    int head, rows;
+    int64_t first_row, range;
+    int stride;
+    float *q;        /* [rows][stride] */
+    float *permuted; /* the same as coded tiles hold their channels */
+    float *folded;   /* permuted, times the scales of a group */
+    float *scores;   /* [rows][64] */
+    float *tile;     /* [D][64]: a tile's keys as f32, when many rows read them */
+    float base[FKV_SCAN_ROWS], constant[FKV_SCAN_ROWS];
+    float limit
+        [FKV_SCAN_ROWS]; /* what is not over it is not among a row's best; -infinity: not known */
+    int held[FKV_SCAN_ROWS];
+    int64_t group;
+    /* With an index; see sift.c. */
+    bool sifting;
+    const char *index;           /* whose scales are folded in */
+    float *y;                    /* [rows][stride] */
+    int8_t *z;                   /* the same shape */
+    float *lows;                 /* [rows][top_k]: the greatest lower bounds, descending */
+    int lows_n[FKV_SCAN_ROWS];   /* of each row */
+    float least[FKV_SCAN_ROWS];  /* what is less is not among a row's best */
+    float norm[FKV_SCAN_ROWS];   /* bounds of the lengths of q */
+    float middle[FKV_SCAN_ROWS]; /* sum of q * zero of the block at hand */
+    float slack[FKV_SCAN_ROWS];  /* what rounding can do there */
+    struct fkv_sift sift[FKV_SCAN_ROWS];
+    int64_t sifted, scored; /* rows of pages that were sifted, and that were scored all the same */
+};
+
+/* scan.c */
+struct fkv_scan fkv_scan_at(const struct fkv_longjob *job, int64_t unit, int thread);
+/* Where the lists of a row, counted from the unit's first, lie in lc->picks and lc->maybes. */
+int64_t fkv_scan_list(const struct fkv_scan *s, int r);
+/* Takes a key into a row's list, if it is good enough. */
+void fkv_scan_add(struct fkv_scan *s, int r, float score, int64_t index);
+/* All scores of an exact page, the slots in `mask` of which are candidates; its first token is `first`. */
+void fkv_scan_exact(struct fkv_scan *s, const struct fkv_place *place, bool sinks, const void *next,
+                    int64_t first, uint64_t mask);
+/* Into a list in descending order, of equal scores the lower token first. Returns the number held. */
+int fkv_pick_insert(struct fkv_pick *list, int held, int room, struct fkv_pick pick);
+
+/* sift.c */
+/* The index of a page; *at is its block's, NULL if there is none. */
+struct fkv_index fkv_page_index(const struct fkv_longjob *job, const struct fkv_party *party,
+                                int64_t page, int head, const char **at);
+void fkv_sift_begin(struct fkv_scan *s);
+/* A page with an index. next: coarse codes of the next one, or NULL. */
+void fkv_sift_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x, const char *at,
+                   const void *next, uint64_t mask);
+/* Takes note of a score that is known, or of a lower bound. */
+void fkv_sift_raise(struct fkv_scan *s, int r, float low);
+
+#endif /* FKV_ATTEND_SCAN_H */

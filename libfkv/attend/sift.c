@@ -1,0 +1,248 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The search with an index of keys (cache/index.h): it finds what the plain one finds, bit for bit.
+ *
+ * Let s be the score that the plain search computes for a key. With |e| the bound of what the key's copy lacks, n
+ * that of the query's length and R = n * reach, which no sum of |q_c k_c| over the block exceeds,
+ *     | s - sum_c q_c (zero_c + scale_c u_c) |  <=  n |e| + slack,   slack = (8 D + 256) 2^-24 R + 2^-120.
+ * The slack has what rounding does to s (D products: 2 D 2^-24 R), to q * scale, to the sums over the zero points
+ * and over the products (3 D of terms that are no more than R in all), and to the last additions (of numbers below
+ * 12 R); the smallest number is for underflow. Where R is not below 2^120, so that s or a part of it could overflow,
+ * or is no number, the slack is infinite and the block is scored as without an index.
+ *
+ * Coarse: the products q * scale are rounded to z * step with |z| <= 127 and the rest d, so that
+ *     sum_c y_c (16 high_c + 7.5)  =  7.5 sum y_c + 16 step sum z_c high_c + 120 sum d_c + 16 sum d_c (high_c - 7.5)
+ * where the last term is no more than 120 sum |d_c|. The sum over z is of integers and exact.
+ *
+ * A row keeps the k greatest lower bounds it has seen (of a score that is known, the score): what is less than the
+ * least of them is not among its k best. Keys whose coarse upper bound is not less get fine bounds; if these, too,
+ * leave it open, the key is kept as a maybe. When a row has as many as there is room for, and at the end, the maybes
+ * that are still open are scored as the plain search does, with the same kernel. At the end this is done over all
+ * ranges together, which makes the number of keys to be scored independent of the number of threads.
+ */
+#include "attend/scan.h"
+#include "codec/rope.h"
+
+#include <math.h>
+#include <string.h>
+
+struct fkv_index fkv_page_index(const struct fkv_longjob *job, const struct fkv_party *party,
+                                int64_t page, int head, const char **at) {
+    const struct fkv_profile_object *p = job->profile;
+    const struct fkv_layer *l = fkv_party_layer(job, party);
+    const size_t index =
+        job->lc->maybes ? job->plan->cache->layouts[job->layer].heads[head].index : 0;
+    *at = NULL;
+    if (!index || page < 0 || page >= l->n_coded)
+        return (struct fkv_index){0};
+    *at = fkv_block_of(p, l, page) + index;
+    return fkv_index_of(p, *at, page % fkv_tiles_per_block(p));
+}
+
+void fkv_sift_begin(struct fkv_scan *s) {
+    const int D = s->job->profile->model.head_dim;
+    s->sifting = true;
+    for (int r = 0; r < s->rows; r++) {
+        const float *q = s->q + (ptrdiff_t)r * s->stride;
+        float sum = 0.0f;
+        for (int d = 0; d < D; d++)
+            sum += q[d] * q[d];
+        s->norm[r] = sqrtf(sum) * 1.0001f + FKV_INDEX_TINY;
+        s->least[r] = -INFINITY;
+        s->lows_n[r] = 0;
+        s->job->lc->maybes_n[fkv_scan_list(s, r)] = 0;
+    }
+}
+
+/* The least of the k greatest numbers, -infinity if there are not so many; x takes one more. */
+static float take_low(float *x, int *n, int k, float low) {
+    int at = *n < k ? *n : k - 1;
+    if (low > -INFINITY && (*n < k || low > x[at])) {
+        for (; at > 0 && low > x[at - 1]; at--)
+            x[at] = x[at - 1];
+        x[at] = low;
+        *n += *n < k;
+    }
+    return *n == k ? x[k - 1] : -INFINITY;
+}
+
+void fkv_sift_raise(struct fkv_scan *s, int r, float low) {
+    const int k = s->job->lc->params.top_k;
+    const float least = take_low(s->lows + (ptrdiff_t)r * k, &s->lows_n[r], k, low);
+    if (!(least > s->least[r]))
+        return;
+    s->least[r] = least;
+    const float under = nextafterf(least, -INFINITY);
+    if (under > s->limit[r])
+        s->limit[r] = under;
+}
+
+static void fold(struct fkv_scan *s, const struct fkv_index *x) {
+    const int D = s->job->profile->model.head_dim;
+    struct fkv_folded sums[FKV_SCAN_ROWS];
+    s->job->kernels->fold_index(s->y, s->z, s->stride, sums, s->q, x->scale, x->zero, D, s->rows);
+    for (int r = 0; r < s->rows; r++) {
+        const float all = s->norm[r] * *x->reach;
+        const float slack =
+            all < 0x1p120f ? (8.0f * (float)D + 256.0f) * 0x1p-24f * all + 0x1p-120f : INFINITY;
+        const float middle = sums[r].zero + 7.5f * sums[r].sum + 120.0f * sums[r].rest;
+        s->sift[r].step = 16.0f * sums[r].step;
+        s->sift[r].base = middle + 120.0f * sums[r].most + slack;
+        s->sift[r].norm = s->norm[r];
+        s->middle[r] = sums[r].zero;
+        s->slack[r] = slack;
+    }
+}
+
+/* ---- maybes */
+
+/* The score of a key in a sealed block as the plain search has it. */
+static float score_of(const struct fkv_longjob *job, const struct fkv_party *party, int head,
+                      const float *q, int64_t token) {
+    const struct fkv_profile_object *p = job->profile;
+    const int64_t page = fkv_page_of(p, token);
+    const struct fkv_place place = fkv_page_place(job, party, page, head, FKV_PART_K);
+    float scores[FKV_TILE];
+    job->kernels->scores[fkv_store_of(p->storage_dtype)](
+        scores, FKV_TILE, q, p->model.head_dim, place.exact, p->model.head_dim, 1, 0, NULL);
+    return scores[token - fkv_page_first(p, page)];
+}
+
+/* Makes room among a row's maybes. */
+static void settle_row(struct fkv_scan *s, int r) {
+    struct fkv_longcache *lc = s->job->lc;
+    const int64_t list = fkv_scan_list(s, r);
+    const int k = lc->params.top_k, n = lc->maybes_n[list];
+    struct fkv_maybe *maybe = lc->maybes + list * fkv_maybes_room(k);
+    int kept = 0;
+    for (int i = 0; i < n; i++)
+        if (!(maybe[i].upper < s->least[r]))
+            maybe[kept++] = maybe[i];
+    if (2 * kept > n) {
+        /* what is known takes the place of the bounds */
+        s->lows_n[r] = 0;
+        for (int i = 0; i < s->held[r]; i++)
+            fkv_sift_raise(s, r, lc->picks[list * k + i].score);
+        for (int i = 0; i < kept; i++)
+            fkv_scan_add(s, r,
+                         score_of(s->job, s->party, s->head, s->q + (ptrdiff_t)r * s->stride,
+                                  maybe[i].index),
+                         maybe[i].index);
+        s->scored += kept;
+        kept = 0;
+    }
+    lc->maybes_n[list] = kept;
+}
+
+static void add_maybe(struct fkv_scan *s, int r, struct fkv_maybe maybe) {
+    struct fkv_longcache *lc = s->job->lc;
+    const int64_t list = fkv_scan_list(s, r);
+    const int room = fkv_maybes_room(lc->params.top_k);
+    if (lc->maybes_n[list] == room)
+        settle_row(s, r);
+    lc->maybes[list * room + lc->maybes_n[list]++] = maybe;
+    fkv_sift_raise(s, r, maybe.lower);
+}
+
+static float widen(uint16_t bound) {
+    const uint32_t bits = (uint32_t)bound << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static void refine_row(struct fkv_scan *s, int r, const struct fkv_index *x, int64_t first,
+                       uint64_t bits) {
+    const int octets = (int)fkv_index_octets(s->job->profile);
+    for (; bits; bits &= bits - 1) {
+        const int t = __builtin_ctzll(bits);
+        const float sum = s->job->kernels->refine(
+            s->y + (ptrdiff_t)r * s->stride, x->coarse + 4 * t, x->fine + 4 * t * octets, octets);
+        const float score = s->middle[r] + sum;
+        const float off = s->norm[r] * widen(x->fine_bound[t]) + s->slack[r];
+        if (!(score + off < s->least[r]))
+            add_maybe(s, r, (struct fkv_maybe){score - off, score + off, (int32_t)(first + t)});
+    }
+}
+
+void fkv_sift_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x, const char *at,
+                   const void *next, uint64_t mask) {
+    const int octets = (int)fkv_index_octets(s->job->profile);
+    const int64_t first = fkv_page_first(s->job->profile, page);
+    uint64_t bits[FKV_SCAN_ROWS], any = 0;
+    int open = 0;
+    if (s->index != at)
+        fold(s, x);
+    s->index = at;
+    s->job->kernels->sift(bits, s->z, s->stride, s->sift, s->least, x->coarse, octets, s->rows,
+                          next);
+    for (int r = 0; r < s->rows; r++) {
+        any |= bits[r] & mask;
+        open += __builtin_popcountll(bits[r] & mask);
+    }
+    s->sifted += s->rows;
+    if (!open)
+        return;
+    if (open > 8 * (s->rows + 1)) { /* it costs less to score them all */
+        const struct fkv_place place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K);
+        fkv_scan_exact(s, &place, false, NULL, first, mask);
+        s->scored += s->rows;
+    } else {
+        for (; any; any &= any - 1)
+            __builtin_prefetch(x->fine + 4 * __builtin_ctzll(any) * octets);
+        for (int r = 0; r < s->rows; r++)
+            refine_row(s, r, x, first, bits[r] & mask);
+    }
+    /* keys that cannot be told apart: the plain search is faster */
+    if (s->scored > s->sifted / 2 + 8 * s->rows)
+        s->sifting = false;
+}
+
+/* ---- the end */
+
+/* What all ranges have of a row, to the first of its lists. */
+static void settle(const struct fkv_longjob *job, const struct fkv_party *party, int64_t row,
+                   float *q) {
+    struct fkv_longcache *lc = job->lc;
+    const struct fkv_model *m = &job->profile->model;
+    const int k = lc->params.top_k, room = fkv_maybes_room(k);
+    const int64_t rows = party->count * m->group, lists = party->list + row * party->ranges;
+    const int head = (int)(row / rows);
+    struct fkv_pick best[FKV_MAX_TOP_K], *picks = lc->picks + lists * k;
+    float lows[FKV_MAX_TOP_K], least = -INFINITY;
+    int held = 0, lows_n = 0;
+    for (int64_t i = 0; i < party->ranges * k; i++)
+        if (picks[i].index >= 0) {
+            least = take_low(lows, &lows_n, k, picks[i].score);
+            held = fkv_pick_insert(best, held, k, picks[i]);
+            picks[i].index = -1;
+        }
+    for (int64_t i = 0; i < party->ranges; i++)
+        for (int j = 0; j < lc->maybes_n[lists + i]; j++)
+            least = take_low(lows, &lows_n, k, lc->maybes[(lists + i) * room + j].lower);
+    fkv_load_head(job->kernels, job->q,
+                  job->plan->rows[party->row].offset + party->first + row % rows / m->group,
+                  head * m->group + (int)(row % m->group), m->head_dim, q);
+    for (int64_t i = 0; i < party->ranges; i++)
+        for (int j = 0; j < lc->maybes_n[lists + i]; j++) {
+            const struct fkv_maybe *maybe = &lc->maybes[(lists + i) * room + j];
+            if (maybe->upper < least)
+                continue;
+            const float score = score_of(job, party, head, q, maybe->index);
+            if (score > -INFINITY)
+                held = fkv_pick_insert(best, held, k, (struct fkv_pick){score, maybe->index});
+        }
+    for (int i = 0; i < held; i++)
+        picks[i] = best[i];
+}
+
+void fkv_settle_unit(void *arg, int64_t item, int thread) {
+    const struct fkv_longjob *job = arg;
+    const struct fkv_longcache *lc = job->lc;
+    const int heads = job->profile->model.n_q_heads;
+    const struct fkv_party *party = &lc->parties[job->round->first];
+    for (; item >= party->count * heads; party++)
+        item -= party->count * heads;
+    if (party->ranges)
+        settle(job, party, item, lc->scratches + thread * lc->scratch);
+}
