@@ -70,6 +70,7 @@ static void cut_rounds(const struct fkv_plan_object *plan, struct fkv_longcache 
             party->scan = round.scans;
             party->list = lists;
             party->unit = round.units;
+            lc->ranges_most = fkv_max64(lc->ranges_most, party->ranges);
             party->blocks = fkv_ceil_div(party->count * m->group, FKV_UNIT_ROWS);
             round.scans += party->scan_blocks * party->ranges * m->n_kv_heads;
             round.units += party->blocks * m->n_kv_heads;
@@ -100,9 +101,14 @@ static void size_views(const struct fkv_plan_object *plan, struct fkv_longcache 
     const int64_t stride = fkv_round16(p->model.head_dim);
     const int64_t view =
         FKV_UNIT_ROWS * (FKV_CHUNK_PIECES * FKV_TILE + 2 * stride) + 2 * stride * FKV_TILE;
-    const int64_t sift = plan->cache->indexed ? 2 * stride + params->top_k : 0;
+    const int64_t sift = plan->cache->indexed ? 3 * stride + params->top_k : 0;
     const int64_t scan = FKV_SCAN_ROWS * (3 * stride + FKV_TILE + sift) + stride * FKV_TILE;
     lc->scratch = fkv_max64(view, scan) + 64;
+    if (plan->cache->indexed) /* a row's candidates of all ranges */
+        lc->scratch =
+            fkv_max64(lc->scratch,
+                      FKV_MAX_HEAD_DIM + 64 +
+                          3 * lc->ranges_most * (fkv_maybes_room(params->top_k) + params->top_k));
     lc->state = FKV_UNIT_ROWS * (2 * stride + 2) + 32;
     lc->partial = FKV_UNIT_ROWS * (stride + 2) + 32;
     lc->voters = lc->votes * p->model.n_q_heads;

@@ -84,7 +84,7 @@ struct fkv_longcache {
     int64_t votes, voters;           /* picks of a party, and votes for one key, at most */
     int64_t partial, state, scratch; /* floats */
     int64_t partials_n, states_n, lists_n, items_most;
-    int64_t turns_n;
+    int64_t turns_n, ranges_most;
     bool by_chunk;
     int layer; /* of the last selection; -1: none */
     struct fkv_party *parties;

@@ -26,8 +26,9 @@ struct fkv_scan fkv_scan_at(const struct fkv_longjob *job, int64_t unit, int thr
     s.folded = s.permuted + FKV_SCAN_ROWS * s.stride;
     s.scores = s.folded + FKV_SCAN_ROWS * s.stride;
     s.tile = s.scores + FKV_SCAN_ROWS * FKV_TILE;
-    s.y = s.tile + s.stride * FKV_TILE;
-    s.lows = s.y + FKV_SCAN_ROWS * s.stride;
+    s.y[0] = s.tile + s.stride * FKV_TILE;
+    s.y[1] = s.y[0] + FKV_SCAN_ROWS * s.stride;
+    s.lows = s.y[1] + FKV_SCAN_ROWS * s.stride;
     s.z = (int8_t *)(s.lows + FKV_SCAN_ROWS * lc->params.top_k);
     return s;
 }
@@ -147,15 +148,15 @@ void fkv_scan_exact(struct fkv_scan *s, const struct fkv_place *place, bool sink
 /* Where the next page's data are, to be prefetched: what will be read of them. */
 struct ahead {
     struct fkv_place place;
-    const void *coarse; /* of its index */
+    struct fkv_index index;
+    bool indexed;
 };
 
 static struct ahead look_ahead(const struct fkv_scan *s, int64_t page) {
     const char *index = NULL;
-    struct ahead a = {fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K), NULL};
-    const struct fkv_index x = fkv_page_index(s->job, s->party, page, s->head, &index);
-    if (index)
-        a.coarse = x.coarse;
+    struct ahead a = {.place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K)};
+    a.index = fkv_page_index(s->job, s->party, page, s->head, &index);
+    a.indexed = index;
     return a;
 }
 
@@ -166,7 +167,7 @@ static void scan_page(struct fkv_scan *s, int64_t page, const struct ahead *next
     if (s->sifting) {
         const struct fkv_index x = fkv_page_index(job, s->party, page, s->head, &index);
         if (index) {
-            fkv_sift_page(s, page, &x, index, next->coarse, mask);
+            fkv_sift_page(s, page, &x, index, next->indexed ? &next->index : NULL, mask);
             return;
         }
     }
@@ -197,11 +198,12 @@ void fkv_scan_unit(void *arg, int64_t unit, int thread) {
         const int64_t low = fkv_max64(0, middle.first - first);
         const int64_t high =
             fkv_min64(fkv_min64(FKV_TILE, middle.end - first), page < 0 ? fkv_sinks(p) : FKV_TILE);
-        struct ahead next = {{0}, NULL};
+        struct ahead next = {.indexed = false};
         if (page + 1 < until)
             next = look_ahead(&s, page + 1);
         scan_page(&s, page, &next, (~UINT64_C(0) >> (64 - (high - low))) << low);
     }
+    fkv_sift_end(&s);
     for (int r = 0; r < s.rows; r++)
         for (int i = s.held[r]; i < k; i++)
             job->lc->picks[fkv_scan_list(&s, r) * k + i].index = -1;

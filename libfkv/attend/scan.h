@@ -6,6 +6,15 @@
 #include "attend/longcache.h"
 #include "cache/index.h"
 
+/* A page that was sifted, and what is open in it: looked at after the next page, when its data have come. */
+struct fkv_opened {
+    struct fkv_index index;
+    int64_t first; /* its first token */
+    const float *y, *middle, *off;
+    uint64_t bits[FKV_SCAN_ROWS];
+    bool any;
+};
+
 struct fkv_scan {
     const struct fkv_longjob *job;
     const struct fkv_party *party;
@@ -18,22 +27,24 @@ struct fkv_scan {
     float *scores;   /* [rows][64] */
     float *tile;     /* [D][64]: a tile's keys as f32, when many rows read them */
     float base[FKV_SCAN_ROWS], constant[FKV_SCAN_ROWS];
-    float limit
-        [FKV_SCAN_ROWS]; /* what is not over it is not among a row's best; -infinity: not known */
+    /* What is not over it is not among a row's best; -infinity: not known. */
+    float limit[FKV_SCAN_ROWS];
     int held[FKV_SCAN_ROWS];
     int64_t group;
-    /* With an index; see sift.c. */
+    /* With an index; see sift.c. y, middle and off are of two blocks in turns, `side` being the one at hand. */
     bool sifting;
-    const char *index;           /* whose scales are folded in */
-    float *y;                    /* [rows][stride] */
-    int8_t *z;                   /* the same shape */
-    float *lows;                 /* [rows][top_k]: the greatest lower bounds, descending */
-    int lows_n[FKV_SCAN_ROWS];   /* of each row */
-    float least[FKV_SCAN_ROWS];  /* what is less is not among a row's best */
-    float norm[FKV_SCAN_ROWS];   /* bounds of the lengths of q */
-    float middle[FKV_SCAN_ROWS]; /* sum of q * zero of the block at hand */
-    float slack[FKV_SCAN_ROWS];  /* what rounding can do there */
+    int side;
+    const char *block[2];           /* whose scales are folded in */
+    float *y[2];                    /* [rows][stride] */
+    int8_t *z;                      /* [rows][stride] */
+    float *lows;                    /* [rows][top_k]: the greatest lower bounds, descending */
+    int lows_n[FKV_SCAN_ROWS];      /* of each row */
+    float least[FKV_SCAN_ROWS];     /* what is less is not among a row's best */
+    float norm[FKV_SCAN_ROWS];      /* bounds of the lengths of q */
+    float middle[2][FKV_SCAN_ROWS]; /* sum of q * zero */
+    float off[2][FKV_SCAN_ROWS];    /* how far fine scores may be off */
     struct fkv_sift sift[FKV_SCAN_ROWS];
+    struct fkv_opened opened;
     int64_t sifted, scored; /* rows of pages that were sifted, and that were scored all the same */
 };
 
@@ -54,9 +65,11 @@ int fkv_pick_insert(struct fkv_pick *list, int held, int room, struct fkv_pick p
 struct fkv_index fkv_page_index(const struct fkv_longjob *job, const struct fkv_party *party,
                                 int64_t page, int head, const char **at);
 void fkv_sift_begin(struct fkv_scan *s);
-/* A page with an index. next: coarse codes of the next one, or NULL. */
+/* A page with an index. next: that of the next page, or NULL. */
 void fkv_sift_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x, const char *at,
-                   const void *next, uint64_t mask);
+                   const struct fkv_index *next, uint64_t mask);
+/* What is open in the last page. */
+void fkv_sift_end(struct fkv_scan *s);
 /* Takes note of a score that is known, or of a lower bound. */
 void fkv_sift_raise(struct fkv_scan *s, int r, float low);
 

@@ -12,7 +12,7 @@
  *
  * Coarse: the products q * scale are rounded to z * step with |z| <= 127 and the rest d, so that
  *     sum_c y_c (16 high_c + 7.5)  =  7.5 sum y_c + 16 step sum z_c high_c + 120 sum d_c + 16 sum d_c (high_c - 7.5)
- * where the last term is no more than 120 sum |d_c|. The sum over z is of integers and exact.
+ * where the last term is no more than 16 |d| spread. The sum over z is of integers and exact.
  *
  * A row keeps the k greatest lower bounds it has seen (of a score that is known, the score): what is less than the
  * least of them is not among its k best. Keys whose coarse upper bound is not less get fine bounds; if these, too,
@@ -24,7 +24,6 @@
 #include "codec/rope.h"
 
 #include <math.h>
-#include <string.h>
 
 struct fkv_index fkv_page_index(const struct fkv_longjob *job, const struct fkv_party *party,
                                 int64_t page, int head, const char **at) {
@@ -78,19 +77,21 @@ void fkv_sift_raise(struct fkv_scan *s, int r, float low) {
 }
 
 static void fold(struct fkv_scan *s, const struct fkv_index *x) {
-    const int D = s->job->profile->model.head_dim;
+    const int D = s->job->profile->model.head_dim, side = s->side;
     struct fkv_folded sums[FKV_SCAN_ROWS];
-    s->job->kernels->fold_index(s->y, s->z, s->stride, sums, s->q, x->scale, x->zero, D, s->rows);
+    s->job->kernels->fold_index(s->y[side], s->z, s->stride, sums, s->q, x->scale, x->zero, D,
+                                s->rows);
     for (int r = 0; r < s->rows; r++) {
-        const float all = s->norm[r] * *x->reach;
+        const float all = s->norm[r] * x->head->reach;
         const float slack =
             all < 0x1p120f ? (8.0f * (float)D + 256.0f) * 0x1p-24f * all + 0x1p-120f : INFINITY;
         const float middle = sums[r].zero + 7.5f * sums[r].sum + 120.0f * sums[r].rest;
         s->sift[r].step = 16.0f * sums[r].step;
-        s->sift[r].base = middle + 120.0f * sums[r].most + slack;
+        const float lost = sqrtf(sums[r].squares) * 1.0001f + FKV_INDEX_TINY;
+        s->sift[r].base = middle + 16.0f * lost * x->head->spread + slack;
         s->sift[r].norm = s->norm[r];
-        s->middle[r] = sums[r].zero;
-        s->slack[r] = slack;
+        s->middle[side][r] = sums[r].zero;
+        s->off[side][r] = s->norm[r] * x->head->fine + slack;
     }
 }
 
@@ -144,96 +145,156 @@ static void add_maybe(struct fkv_scan *s, int r, struct fkv_maybe maybe) {
     fkv_sift_raise(s, r, maybe.lower);
 }
 
-static float widen(uint16_t bound) {
-    const uint32_t bits = (uint32_t)bound << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static void refine_row(struct fkv_scan *s, int r, const struct fkv_index *x, int64_t first,
-                       uint64_t bits) {
+static void refine_row(struct fkv_scan *s, int r) {
+    const struct fkv_opened *o = &s->opened;
+    const struct fkv_index *x = &o->index;
     const int octets = (int)fkv_index_octets(s->job->profile);
-    for (; bits; bits &= bits - 1) {
+    for (uint64_t bits = o->bits[r]; bits; bits &= bits - 1) {
         const int t = __builtin_ctzll(bits);
         const float sum = s->job->kernels->refine(
-            s->y + (ptrdiff_t)r * s->stride, x->coarse + 4 * t, x->fine + 4 * t * octets, octets);
-        const float score = s->middle[r] + sum;
-        const float off = s->norm[r] * widen(x->fine_bound[t]) + s->slack[r];
+            o->y + (ptrdiff_t)r * s->stride, x->coarse + 4 * t, x->fine + 4 * t * octets, octets);
+        const float score = o->middle[r] + sum, off = o->off[r];
         if (!(score + off < s->least[r]))
-            add_maybe(s, r, (struct fkv_maybe){score - off, score + off, (int32_t)(first + t)});
+            add_maybe(s, r, (struct fkv_maybe){score - off, score + off, (int32_t)(o->first + t)});
     }
 }
 
+void fkv_sift_end(struct fkv_scan *s) {
+    if (s->opened.any)
+        for (int r = 0; r < s->rows; r++)
+            refine_row(s, r);
+    s->opened.any = false;
+}
+
+static void prefetch(const void *from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)from + i);
+}
+
+static void open_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x,
+                      const uint64_t *bits, uint64_t mask) {
+    struct fkv_opened *o = &s->opened;
+    o->index = *x;
+    o->first = fkv_page_first(s->job->profile, page);
+    o->y = s->y[s->side];
+    o->middle = s->middle[s->side];
+    o->off = s->off[s->side];
+    o->any = true;
+    for (int r = 0; r < s->rows; r++)
+        o->bits[r] = bits[r] & mask;
+}
+
 void fkv_sift_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x, const char *at,
-                   const void *next, uint64_t mask) {
-    const int octets = (int)fkv_index_octets(s->job->profile);
-    const int64_t first = fkv_page_first(s->job->profile, page);
+                   const struct fkv_index *next, uint64_t mask) {
+    const struct fkv_profile_object *p = s->job->profile;
+    const int octets = (int)fkv_index_octets(p);
     uint64_t bits[FKV_SCAN_ROWS], any = 0;
     int open = 0;
-    if (s->index != at)
+    if (s->block[s->side] != at) {
+        s->side ^= 1;
+        s->block[s->side] = at;
         fold(s, x);
-    s->index = at;
+    }
+    if (next && next->scale != x->scale)
+        prefetch(next->scale, fkv_index_head_bytes(p));
     s->job->kernels->sift(bits, s->z, s->stride, s->sift, s->least, x->coarse, octets, s->rows,
-                          next);
+                          next ? next->coarse : NULL);
     for (int r = 0; r < s->rows; r++) {
         any |= bits[r] & mask;
         open += __builtin_popcountll(bits[r] & mask);
     }
+    const bool many = open > 8 * (s->rows + 1);
+    for (uint64_t b = many ? 0 : any; b; b &= b - 1)
+        prefetch(x->fine + 4 * __builtin_ctzll(b) * octets, 4 * (size_t)octets);
+    fkv_sift_end(s);
     s->sifted += s->rows;
-    if (!open)
-        return;
-    if (open > 8 * (s->rows + 1)) { /* it costs less to score them all */
+    if (many) { /* it costs less to score them all */
         const struct fkv_place place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K);
-        fkv_scan_exact(s, &place, false, NULL, first, mask);
+        fkv_scan_exact(s, &place, false, NULL, fkv_page_first(p, page), mask);
         s->scored += s->rows;
-    } else {
-        for (; any; any &= any - 1)
-            __builtin_prefetch(x->fine + 4 * __builtin_ctzll(any) * octets);
-        for (int r = 0; r < s->rows; r++)
-            refine_row(s, r, x, first, bits[r] & mask);
-    }
+    } else if (open)
+        open_page(s, page, x, bits, mask);
     /* keys that cannot be told apart: the plain search is faster */
-    if (s->scored > s->sifted / 2 + 8 * s->rows)
+    if (s->scored > s->sifted / 2 + 8 * s->rows) {
+        fkv_sift_end(s);
         s->sifting = false;
+    }
 }
 
 /* ---- the end */
 
-/* What all ranges have of a row, to the first of its lists. */
+/* A row's candidates of all ranges. */
+struct finals {
+    struct fkv_maybe *maybe;
+    int n;
+};
+
+/* Whether fewer than k others can be better than one of them: then it is among the k best, whatever its score. */
+static bool certain(const struct finals *f, int i, int k) {
+    int over = 0;
+    for (int j = 0; j < f->n && over < k; j++)
+        over += j != i && !(f->maybe[j].upper < f->maybe[i].lower);
+    return over < k && f->maybe[i].lower > -INFINITY;
+}
+
+/* What the ranges have of a row that is not known to be too small; at most as many as they have together. */
+static struct finals gather(const struct fkv_longjob *job, const struct fkv_party *party,
+                            int64_t lists, struct fkv_maybe *to) {
+    const struct fkv_longcache *lc = job->lc;
+    const int k = lc->params.top_k, room = fkv_maybes_room(k);
+    const struct fkv_pick *picks = lc->picks + lists * k;
+    struct finals f = {to, 0};
+    float lows[FKV_MAX_TOP_K], least = -INFINITY;
+    int lows_n = 0, all = 0;
+    for (int64_t i = 0; i < party->ranges * k; i++)
+        if (picks[i].index >= 0)
+            to[all++] = (struct fkv_maybe){picks[i].score, picks[i].score, picks[i].index};
+    for (int64_t i = 0; i < party->ranges; i++)
+        for (int j = 0; j < lc->maybes_n[lists + i]; j++)
+            to[all++] = lc->maybes[(lists + i) * room + j];
+    for (int i = 0; i < all; i++)
+        least = take_low(lows, &lows_n, k, to[i].lower);
+    for (int i = 0; i < all; i++)
+        if (!(to[i].upper < least))
+            to[f.n++] = to[i];
+    return f;
+}
+
+/* The k best of a row over all ranges, to the first of its lists. Where bounds are enough to tell that a key is
+ * among them its lower bound stands for its score: only votes are left to be given. */
 static void settle(const struct fkv_longjob *job, const struct fkv_party *party, int64_t row,
                    float *q) {
     struct fkv_longcache *lc = job->lc;
     const struct fkv_model *m = &job->profile->model;
-    const int k = lc->params.top_k, room = fkv_maybes_room(k);
+    const int k = lc->params.top_k;
     const int64_t rows = party->count * m->group, lists = party->list + row * party->ranges;
     const int head = (int)(row / rows);
     struct fkv_pick best[FKV_MAX_TOP_K], *picks = lc->picks + lists * k;
-    float lows[FKV_MAX_TOP_K], least = -INFINITY;
-    int held = 0, lows_n = 0;
+    const struct finals f =
+        gather(job, party, lists, (struct fkv_maybe *)(void *)(q + FKV_MAX_HEAD_DIM + 16));
+    int sure = 0, held = 0;
     for (int64_t i = 0; i < party->ranges * k; i++)
-        if (picks[i].index >= 0) {
-            least = take_low(lows, &lows_n, k, picks[i].score);
-            held = fkv_pick_insert(best, held, k, picks[i]);
-            picks[i].index = -1;
-        }
-    for (int64_t i = 0; i < party->ranges; i++)
-        for (int j = 0; j < lc->maybes_n[lists + i]; j++)
-            least = take_low(lows, &lows_n, k, lc->maybes[(lists + i) * room + j].lower);
+        picks[i].index = -1;
+    for (int i = 0; i < f.n; i++)
+        if (certain(&f, i, k))
+            picks[sure++] = (struct fkv_pick){f.maybe[i].lower, f.maybe[i].index};
+    if (sure == k || sure == f.n)
+        return;
     fkv_load_head(job->kernels, job->q,
                   job->plan->rows[party->row].offset + party->first + row % rows / m->group,
                   head * m->group + (int)(row % m->group), m->head_dim, q);
-    for (int64_t i = 0; i < party->ranges; i++)
-        for (int j = 0; j < lc->maybes_n[lists + i]; j++) {
-            const struct fkv_maybe *maybe = &lc->maybes[(lists + i) * room + j];
-            if (maybe->upper < least)
-                continue;
-            const float score = score_of(job, party, head, q, maybe->index);
-            if (score > -INFINITY)
-                held = fkv_pick_insert(best, held, k, (struct fkv_pick){score, maybe->index});
-        }
+    for (int i = 0; i < f.n; i++) {
+        const struct fkv_maybe *maybe = &f.maybe[i];
+        if (certain(&f, i, k))
+            continue;
+        const float score = maybe->lower == maybe->upper
+                                ? maybe->lower
+                                : score_of(job, party, head, q, maybe->index);
+        if (score > -INFINITY)
+            held = fkv_pick_insert(best, held, k - sure, (struct fkv_pick){score, maybe->index});
+    }
     for (int i = 0; i < held; i++)
-        picks[i] = best[i];
+        picks[sure + i] = best[i];
 }
 
 void fkv_settle_unit(void *arg, int64_t item, int thread) {

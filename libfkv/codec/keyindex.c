@@ -13,9 +13,33 @@
 #define MOST 0x1p60f
 
 struct tables {
-    float *scale, *zero, *reach;
-    float inverse[MAX_D];
+    struct fkv_index_head *head;
+    uint16_t *scales, *zeros;
+    float scale[MAX_D], zero[MAX_D], inverse[MAX_D];
 };
+
+static float widen(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+/* The upper half of a float >= 0, rounded away from 0. */
+static uint16_t round_up(float x) {
+    uint32_t bits;
+    if (!(x < 0x1p100f))
+        x = INFINITY;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0xffff) >> 16);
+}
+
+/* No more than x, which is finite. */
+static uint16_t round_down(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((x < 0.0f ? bits + 0xffff : bits) >> 16);
+}
 
 /* Scales, zero points and the reach of a block. */
 static void find_ranges(const struct fkv_profile_object *p, const struct fkv_kernels *kernels,
@@ -39,31 +63,28 @@ static void find_ranges(const struct fkv_profile_object *p, const struct fkv_ker
             rest[c] = none;
         }
     }
-    memset(to->scale, 0, fkv_index_head_bytes(p));
+    memset(to->head, 0, fkv_index_head_bytes(p));
     for (int c = 0; c < D; c++) {
         const float far = fabsf(low[c]) > fabsf(high[c]) ? fabsf(low[c]) : fabsf(high[c]);
         const bool good = rest[c] == 0.0f && far < MOST;
-        const float step = good ? (high[c] - low[c]) / 255.0f : 0.0f;
-        to->zero[c] = good ? low[c] : 0.0f;
-        to->scale[c] = step > 0x1p-100f ? step : 0.0f;
-        to->inverse[c] = step > 0x1p-100f ? 1.0f / step : 0.0f;
+        to->zeros[c] = round_down(good ? low[c] : 0.0f);
+        to->zero[c] = widen(to->zeros[c]);
+        const float step = good ? (high[c] - to->zero[c]) / 255.0f : 0.0f;
+        to->scales[c] = step > 0x1p-100f ? round_up(step) : 0;
+        to->scale[c] = widen(to->scales[c]);
+        to->inverse[c] = step > 0x1p-100f ? 1.0f / to->scale[c] : 0.0f;
         sum += good ? far * far : INFINITY;
     }
-    *to->reach = sqrtf(sum) * 1.0001f + FKV_INDEX_TINY;
+    to->head->reach = sqrtf(sum) * 1.0001f + FKV_INDEX_TINY;
 }
 
-/* The upper half of a float that is not less. */
-static uint16_t round_up(float x) {
-    uint32_t bits;
-    if (!(x < 0x1p100f))
-        x = INFINITY;
-    memcpy(&bits, &x, sizeof bits);
-    return (uint16_t)((bits + 0xffff) >> 16);
-}
+/* Sums of squares over the channels of each token. */
+struct squares {
+    float coarse[FKV_TILE], fine[FKV_TILE], spread[FKV_TILE];
+};
 
-/* Codes of one channel of a tile; its residuals are added to the sums of squares. */
 static void code_channel(const float *k, float zero, float scale, float inverse, uint8_t *u,
-                         float *coarse, float *fine) {
+                         struct squares *sums) {
     for (int t = 0; t < FKV_TILE; t++) {
         float code = (k[t] - zero) * inverse + 0.5f;
         code = code > 0.0f ? code : 0.0f; /* NaN becomes 0 */
@@ -71,29 +92,42 @@ static void code_channel(const float *k, float zero, float scale, float inverse,
         const int i = (int)code;
         const float near = k[t] - (zero + scale * (float)i);
         const float far = k[t] - (zero + scale * ((float)(i & 0xf0) + 7.5f));
+        const float high = (float)(i >> 4) - 7.5f;
         u[t] = (uint8_t)i;
-        fine[t] += near * near;
-        coarse[t] += far * far;
+        sums->fine[t] += near * near;
+        sums->coarse[t] += far * far;
+        sums->spread[t] += high * high;
     }
 }
 
-/* What the floats above lack is less than a millionth of the reach. */
-static void save_bounds(const float *squares, float reach, uint16_t *to) {
-    for (int t = 0; t < FKV_TILE; t++)
-        to[t] = round_up(sqrtf(squares[t]) * 1.0001f + 1e-6f * reach + FKV_INDEX_TINY);
+/* A length, with what the floats above may lack: less than a millionth of the reach, and what underflowed. */
+static float bound_of(float squares, float reach) {
+    return sqrtf(squares) * 1.0001f + 1e-6f * reach + FKV_INDEX_TINY;
+}
+
+static void save_bounds(const struct squares *sums, struct fkv_index_head *head, uint16_t *coarse) {
+    for (int t = 0; t < FKV_TILE; t++) {
+        const float fine = bound_of(sums->fine[t], head->reach);
+        const float spread = sqrtf(sums->spread[t]) * 1.0001f;
+        coarse[t] = round_up(bound_of(sums->coarse[t], head->reach));
+        if (!(fine <= head->fine))
+            head->fine = fine;
+        if (!(spread <= head->spread))
+            head->spread = spread;
+    }
 }
 
 static void code_tile(const struct fkv_profile_object *p, const float *x, const struct tables *from,
                       const struct fkv_index *to) {
     const int D = p->model.head_dim, octets = (int)fkv_index_octets(p);
     uint8_t *high = (uint8_t *)(uintptr_t)to->coarse, *low = (uint8_t *)(uintptr_t)to->fine;
-    float coarse[FKV_TILE] = {0}, fine[FKV_TILE] = {0};
+    struct squares sums = {{0}, {0}, {0}};
     for (int o = 0; o < octets; o++) {
         uint8_t u[8][FKV_TILE] = {{0}};
         for (int i = 0; i < 8 && 8 * o + i < D; i++) {
             const int c = 8 * o + i;
             code_channel(x + c * FKV_TILE, from->zero[c], from->scale[c], from->inverse[c], u[i],
-                         coarse, fine);
+                         &sums);
         }
         for (int t = 0; t < FKV_TILE; t++)
             for (int i = 0; i < 4; i++) {
@@ -102,16 +136,16 @@ static void code_tile(const struct fkv_profile_object *p, const float *x, const 
                 low[(t * octets + o) * 4 + i] = (uint8_t)((a & 15) | (b & 15) << 4);
             }
     }
-    save_bounds(coarse, *from->reach, (uint16_t *)(uintptr_t)to->coarse_bound);
-    save_bounds(fine, *from->reach, (uint16_t *)(uintptr_t)to->fine_bound);
+    save_bounds(&sums, from->head, (uint16_t *)(uintptr_t)to->coarse_bound);
 }
 
 void fkv_index_make(const struct fkv_profile_object *p, const struct fkv_kernels *kernels,
                     const char *keys, size_t tile_bytes, float *x, char *at) {
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
-    struct tables tables = {.scale = (float *)(void *)at};
-    tables.zero = tables.scale + fkv_index_stride(p);
-    tables.reach = tables.zero + fkv_index_stride(p);
+    struct tables tables;
+    tables.head = (struct fkv_index_head *)(void *)at;
+    tables.scales = (uint16_t *)(void *)(tables.head + 1);
+    tables.zeros = tables.scales + fkv_index_stride(p);
     find_ranges(p, kernels, keys, tile_bytes, x, &tables);
     for (int64_t i = 0; i < fkv_tiles_per_block(p); i++) {
         const struct fkv_index to = fkv_index_of(p, at, i);

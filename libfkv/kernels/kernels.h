@@ -168,15 +168,16 @@ struct fkv_taps {
 /*
  * The index of keys (cache/index.h). Rows of a query are folded into a block's scales:
  * y[r][c] = q[r][c] * scale[c] and z[r][c] = y[r][c] / step, rounded, -127..127, where step is the greatest |y[r][c]|
- * over 127. Both are written for `channels` rounded up to 16, with zeros behind the last one. The sums are of
- * q * zero, of y, of d = y - step * z, and of |d|. Sums that are not finite make z meaningless.
+ * over 127. Both are written for `channels` rounded up to 16, with zeros behind the last one; scale and zero are
+ * bfloat16, padded. The sums are of q * zero, of y, of d = y - step * z, and of d^2. Sums that are not finite make z
+ * meaningless.
  */
 struct fkv_folded {
-    float step, zero, sum, rest, most;
+    float step, zero, sum, rest, squares;
 };
 #define FKV_DECL_FOLD_INDEX(name)                                                                  \
     void name(float *y, int8_t *z, ptrdiff_t stride, struct fkv_folded *sums, const float *q,      \
-              const float *scale, const float *zero, int channels, int rows)
+              const uint16_t *scale, const uint16_t *zero, int channels, int rows)
 /* Bit t of bits[r] is !(step * i + (norm * bound[t] + base) < limit[r]) with two fused operations, so NaN sets it;
  * i = sum_c z[r][c] * u[c][t] over 8 * octets channels and 4-bit codes [octets][64][4]. bound: bfloat16, behind the
  * codes. next as in SCORES. */

@@ -56,8 +56,8 @@ static FKV_DECL_FOLD_INDEX(fold_index_ref) {
         memset(y, 0, (size_t)((channels + 15) / 16 * 16) * sizeof *y);
         memset(z, 0, (size_t)((channels + 15) / 16 * 16));
         for (int c = 0; c < channels; c++) {
-            y[c] = q[c] * scale[c];
-            s.zero += q[c] * zero[c];
+            y[c] = q[c] * fkv_bf16_to_f32(scale[c]);
+            s.zero += q[c] * fkv_bf16_to_f32(zero[c]);
             s.sum += y[c];
             if (fabsf(y[c]) > s.step)
                 s.step = fabsf(y[c]);
@@ -69,7 +69,7 @@ static FKV_DECL_FOLD_INDEX(fold_index_ref) {
             z[c] = (int8_t)lrintf(fabsf(code) <= 127.5f ? code : 0.0f);
             const float rest = y[c] - s.step * z[c];
             s.rest += rest;
-            s.most += fabsf(rest);
+            s.squares += rest * rest;
         }
         sums[r] = s;
     }

@@ -209,14 +209,14 @@ static inline vi FKV_NAME(sift_dot)(vi s, vi u, vi z) {
 
 static FKV_DECL_FOLD_INDEX(FKV_NAME(fold_index)) {
     for (int r = 0; r < rows; r++, y += stride, z += stride, q += stride) {
-        vf most = v_zero(), zeros = v_zero(), all = v_zero(), rest = v_zero(), far = v_zero();
+        vf most = v_zero(), zeros = v_zero(), all = v_zero(), rest = v_zero(), squares = v_zero();
         for (int c = 0; c < (channels + 15) / 16 * 16; c += VL) {
             const int n = channels - c < VL ? channels - c : VL;
             vf x = v_zero(), low = v_zero(), step = v_zero();
             if (n > 0) {
                 x = v_first(v_load(q + c), n, v_zero());
-                low = v_first(v_load(zero + c), n, v_zero());
-                step = v_first(v_load(scale + c), n, v_zero());
+                low = v_first(v_load_bf16(zero + c), n, v_zero());
+                step = v_first(v_load_bf16(scale + c), n, v_zero());
             }
             const vf product = v_mul(x, step);
             zeros = v_fma(x, low, zeros);
@@ -231,10 +231,11 @@ static FKV_DECL_FOLD_INDEX(FKV_NAME(fold_index)) {
             const vi code = v_to_int(v_mul(product, inverse));
             const vf less = v_sub(product, v_mul(size, v_from_int(code)));
             rest = v_add(rest, less);
-            far = v_add(far, v_abs(less));
+            squares = v_fma(less, less, squares);
             vi_save_signed_bytes(z + c, code);
         }
-        sums[r] = (struct fkv_folded){step, v_hsum(zeros), v_hsum(all), v_hsum(rest), v_hsum(far)};
+        sums[r] =
+            (struct fkv_folded){step, v_hsum(zeros), v_hsum(all), v_hsum(rest), v_hsum(squares)};
     }
 }
 

@@ -39,6 +39,7 @@ SIFT(sift_block)(uint64_t *bits, const int8_t *z, ptrdiff_t z_stride, const stru
                  const int rows) {
     const uint16_t *bounds = (const uint16_t *)(const void *)(codes + 256 * (ptrdiff_t)octets);
     UNROLL for (int r = 0; r < rows; r++) bits[r] = 0;
+    prefetch(bounds, ahead, 128);
     for (int part = 0; part < 64; part += SIFT_VECTORS * VL) {
         vi sum[SIFT_ROWS][SIFT_VECTORS];
         SIFT(sift_sums)(sum, z, z_stride, codes + 4 * part, octets, ahead, rows);
