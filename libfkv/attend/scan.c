@@ -145,39 +145,36 @@ void fkv_scan_exact(struct fkv_scan *s, const struct fkv_place *place, bool sink
     pick_page(s, first, mask);
 }
 
-/* Where the next page's data are, to be prefetched: what will be read of them. */
-struct ahead {
-    struct fkv_place place;
+/* Where what is read of a page lies. */
+struct page {
+    struct fkv_place place; /* where there is no index */
     struct fkv_index index;
-    bool indexed;
+    const char *block; /* its index; NULL: none */
 };
 
-static struct ahead look_ahead(const struct fkv_scan *s, int64_t page) {
-    const char *index = NULL;
-    struct ahead a = {.place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K)};
-    a.index = fkv_page_index(s->job, s->party, page, s->head, &index);
-    a.indexed = index;
+static struct page find_page(const struct fkv_scan *s, int64_t page) {
+    struct page a = {.block = NULL};
+    if (s->sifting)
+        a.index = fkv_page_index(s->job, s->party, page, s->head, &a.block);
+    if (!a.block)
+        a.place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K);
     return a;
 }
 
-static void scan_page(struct fkv_scan *s, int64_t page, const struct ahead *next, uint64_t mask) {
-    const struct fkv_longjob *job = s->job;
-    const int64_t first = fkv_page_first(job->profile, page);
-    const char *index = NULL;
-    if (s->sifting) {
-        const struct fkv_index x = fkv_page_index(job, s->party, page, s->head, &index);
-        if (index) {
-            fkv_sift_page(s, page, &x, index, next->indexed ? &next->index : NULL, mask);
-            return;
-        }
+static void scan_page(struct fkv_scan *s, int64_t page, const struct page *at,
+                      const struct page *next, uint64_t mask) {
+    const int64_t first = fkv_page_first(s->job->profile, page);
+    if (at->block) {
+        fkv_sift_page(s, page, &at->index, at->block, next->block ? &next->index : NULL, mask);
+        return;
     }
-    const struct fkv_place place = fkv_page_place(job, s->party, page, s->head, FKV_PART_K);
-    if (place.codes) {
-        score_coded(s, &place, &next->place);
+    if (at->place.codes) {
+        score_coded(s, &at->place, &next->place);
         pick_page(s, first, mask);
         return;
     }
-    fkv_scan_exact(s, &place, page < 0, next->place.codes ? NULL : next->place.exact, first, mask);
+    fkv_scan_exact(s, &at->place, page < 0, next->place.codes ? NULL : next->place.exact, first,
+                   mask);
 }
 
 void fkv_scan_unit(void *arg, int64_t unit, int thread) {
@@ -193,15 +190,19 @@ void fkv_scan_unit(void *arg, int64_t unit, int thread) {
     load_queries(&s);
     if (job->lc->maybes)
         fkv_sift_begin(&s);
+    struct page at = find_page(&s, from);
     for (int64_t page = from; page < until; page++) {
         const int64_t first = fkv_page_first(p, page);
         const int64_t low = fkv_max64(0, middle.first - first);
         const int64_t high =
             fkv_min64(fkv_min64(FKV_TILE, middle.end - first), page < 0 ? fkv_sinks(p) : FKV_TILE);
-        struct ahead next = {.indexed = false};
+        struct page next = {.block = NULL};
         if (page + 1 < until)
-            next = look_ahead(&s, page + 1);
-        scan_page(&s, page, &next, (~UINT64_C(0) >> (64 - (high - low))) << low);
+            next = find_page(&s, page + 1);
+        scan_page(&s, page, &at, &next, (~UINT64_C(0) >> (64 - (high - low))) << low);
+        at = next;
+        if (at.block && !s.sifting) /* no more */
+            at = find_page(&s, page + 1);
     }
     fkv_sift_end(&s);
     for (int r = 0; r < s.rows; r++)

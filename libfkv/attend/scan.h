@@ -41,7 +41,7 @@ struct fkv_scan {
     int lows_n[FKV_SCAN_ROWS];      /* of each row */
     float least[FKV_SCAN_ROWS];     /* what is less is not among a row's best */
     float norm[FKV_SCAN_ROWS];      /* bounds of the lengths of q */
-    float middle[2][FKV_SCAN_ROWS]; /* sum of q * zero */
+    float middle[2][FKV_SCAN_ROWS]; /* sum of q * centre */
     float off[2][FKV_SCAN_ROWS];    /* how far fine scores may be off */
     struct fkv_sift sift[FKV_SCAN_ROWS];
     struct fkv_opened opened;

@@ -4,15 +4,16 @@
  *
  * Let s be the score that the plain search computes for a key. With |e| the bound of what the key's copy lacks, n
  * that of the query's length and R = n * reach, which no sum of |q_c k_c| over the block exceeds,
- *     | s - sum_c q_c (zero_c + scale_c u_c) |  <=  n |e| + slack,   slack = (8 D + 256) 2^-24 R + 2^-120.
- * The slack has what rounding does to s (D products: 2 D 2^-24 R), to q * scale, to the sums over the zero points
- * and over the products (3 D of terms that are no more than R in all), and to the last additions (of numbers below
+ *     | s - sum_c q_c (centre_c + scale_c (u_c - 127.5)) |  <=  n |e| + slack,
+ *     slack = (8 D + 256) 2^-24 R + 2^-120.
+ * The slack has what rounding does to s (D products: 2 D 2^-24 R), to q * scale, to the sums over the centres and
+ * over the products (3 D of terms that are no more than R in all), and to the last additions (of numbers below
  * 12 R); the smallest number is for underflow. Where R is not below 2^120, so that s or a part of it could overflow,
  * or is no number, the slack is infinite and the block is scored as without an index.
  *
- * Coarse: the products q * scale are rounded to z * step with |z| <= 127 and the rest d, so that
- *     sum_c y_c (16 high_c + 7.5)  =  7.5 sum y_c + 16 step sum z_c high_c + 120 sum d_c + 16 sum d_c (high_c - 7.5)
- * where the last term is no more than 16 |d| spread. The sum over z is of integers and exact.
+ * Coarse: the products y = q * scale are z * step + d with whole numbers |z| <= 127, and |d_c| <= .5001 step, so that
+ *     16 sum y_c (high_c - 7.5)  =  16 step sum z_c high_c - 120 step sum z_c + 16 sum d_c (high_c - 7.5)
+ * where the last term is no more than 8.002 step sqrt(D) spread. The sums over z are of integers and exact.
  *
  * A row keeps the k greatest lower bounds it has seen (of a score that is known, the score): what is less than the
  * least of them is not among its k best. Keys whose coarse upper bound is not less get fine bounds; if these, too,
@@ -78,19 +79,20 @@ void fkv_sift_raise(struct fkv_scan *s, int r, float low) {
 
 static void fold(struct fkv_scan *s, const struct fkv_index *x) {
     const int D = s->job->profile->model.head_dim, side = s->side;
+    const float root = 1.001f * sqrtf((float)D);
     struct fkv_folded sums[FKV_SCAN_ROWS];
-    s->job->kernels->fold_index(s->y[side], s->z, s->stride, sums, s->q, x->scale, x->zero, D,
+    s->job->kernels->fold_index(s->y[side], s->z, s->stride, sums, s->q, x->scale, x->centre, D,
                                 s->rows);
     for (int r = 0; r < s->rows; r++) {
         const float all = s->norm[r] * x->head->reach;
         const float slack =
             all < 0x1p120f ? (8.0f * (float)D + 256.0f) * 0x1p-24f * all + 0x1p-120f : INFINITY;
-        const float middle = sums[r].zero + 7.5f * sums[r].sum + 120.0f * sums[r].rest;
+        const float lost = sums[r].step > 0x1p-119f ? sums[r].step : 127.0f * 0x1p-119f;
         s->sift[r].step = 16.0f * sums[r].step;
-        const float lost = sqrtf(sums[r].squares) * 1.0001f + FKV_INDEX_TINY;
-        s->sift[r].base = middle + 16.0f * lost * x->head->spread + slack;
+        s->sift[r].base = sums[r].centre - 120.0f * sums[r].step * (float)sums[r].z +
+                          8.002f * lost * root * x->head->spread + slack;
         s->sift[r].norm = s->norm[r];
-        s->middle[side][r] = sums[r].zero;
+        s->middle[side][r] = sums[r].centre;
         s->off[side][r] = s->norm[r] * x->head->fine + slack;
     }
 }

@@ -4,10 +4,10 @@
  * few, with how far each key is from its copies. It lies in the block of the keys, so it is shared, copied and
  * dropped with them. libfkv/attend/sift.c says how it is used and why the result is that of a plain search.
  *
- * Key t is zero + scale * u[t] + fine residual in each channel, with u = 16 * high + low, and
- * zero + scale * (16 * high[t] + 7.5) + coarse residual. The index of one head in one block:
+ * Key t is centre + scale * (u[t] - 127.5) + fine residual in each channel, with u = 16 * high + low, and
+ * centre + 16 * scale * (high[t] - 7.5) + coarse residual. The index of one head in one block:
  *   struct fkv_index_head
- *   scale[stride], zero[stride]   bfloat16, with 0 in channels from D on; stride is D rounded up to 32
+ *   scale[stride], centre[stride] bfloat16, with 0 in channels from D on; stride is D rounded up to 32
  *   for each tile: coarse codes   [octets][64 tokens][4 bytes], octets of channels: in byte i of octet o high of
  *                                 channel 8 o + i in the lower half, of channel 8 o + 4 + i in the upper one
  *                  coarse bounds  [64], of the length of a token's residual: bfloat16, rounded up
@@ -32,7 +32,7 @@ struct fkv_index_head {
 
 struct fkv_index {
     const struct fkv_index_head *head;
-    const uint16_t *scale, *zero;
+    const uint16_t *scale, *centre;
     const uint8_t *coarse, *fine;
     const uint16_t *coarse_bound;
 };
@@ -67,7 +67,7 @@ static inline struct fkv_index fkv_index_of(const struct fkv_profile_object *p, 
     struct fkv_index x;
     x.head = (const struct fkv_index_head *)(const void *)at;
     x.scale = (const uint16_t *)(const void *)(x.head + 1);
-    x.zero = x.scale + fkv_index_stride(p);
+    x.centre = x.scale + fkv_index_stride(p);
     x.coarse = (const uint8_t *)coarse + i * fkv_index_coarse_bytes(p);
     x.coarse_bound = (const uint16_t *)(const void *)(x.coarse + fkv_index_codes_bytes(p));
     x.fine = (const uint8_t *)fine + i * fkv_index_codes_bytes(p);

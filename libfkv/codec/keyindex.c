@@ -14,8 +14,8 @@
 
 struct tables {
     struct fkv_index_head *head;
-    uint16_t *scales, *zeros;
-    float scale[MAX_D], zero[MAX_D], inverse[MAX_D];
+    uint16_t *scales, *centres;
+    float scale[MAX_D], centre[MAX_D], inverse[MAX_D];
 };
 
 static float widen(uint16_t x) {
@@ -34,14 +34,14 @@ static uint16_t round_up(float x) {
     return (uint16_t)((bits + 0xffff) >> 16);
 }
 
-/* No more than x, which is finite. */
-static uint16_t round_down(float x) {
+/* The upper half of a finite float. */
+static uint16_t cut(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    return (uint16_t)((x < 0.0f ? bits + 0xffff : bits) >> 16);
+    return (uint16_t)(bits >> 16);
 }
 
-/* Scales, zero points and the reach of a block. */
+/* Scales, centres and the reach of a block. */
 static void find_ranges(const struct fkv_profile_object *p, const struct fkv_kernels *kernels,
                         const char *keys, size_t tile_bytes, float *x, struct tables *to) {
     const enum fkv_store store = fkv_store_of(p->storage_dtype);
@@ -67,9 +67,10 @@ static void find_ranges(const struct fkv_profile_object *p, const struct fkv_ker
     for (int c = 0; c < D; c++) {
         const float far = fabsf(low[c]) > fabsf(high[c]) ? fabsf(low[c]) : fabsf(high[c]);
         const bool good = rest[c] == 0.0f && far < MOST;
-        to->zeros[c] = round_down(good ? low[c] : 0.0f);
-        to->zero[c] = widen(to->zeros[c]);
-        const float step = good ? (high[c] - to->zero[c]) / 255.0f : 0.0f;
+        to->centres[c] = cut(good ? 0.5f * (low[c] + high[c]) : 0.0f);
+        to->centre[c] = widen(to->centres[c]);
+        const float up = high[c] - to->centre[c], down = to->centre[c] - low[c];
+        const float step = good ? (up > down ? up : down) / 127.5f : 0.0f;
         to->scales[c] = step > 0x1p-100f ? round_up(step) : 0;
         to->scale[c] = widen(to->scales[c]);
         to->inverse[c] = step > 0x1p-100f ? 1.0f / to->scale[c] : 0.0f;
@@ -83,15 +84,15 @@ struct squares {
     float coarse[FKV_TILE], fine[FKV_TILE], spread[FKV_TILE];
 };
 
-static void code_channel(const float *k, float zero, float scale, float inverse, uint8_t *u,
+static void code_channel(const float *k, float centre, float scale, float inverse, uint8_t *u,
                          struct squares *sums) {
     for (int t = 0; t < FKV_TILE; t++) {
-        float code = (k[t] - zero) * inverse + 0.5f;
+        float code = (k[t] - centre) * inverse + 128.0f;
         code = code > 0.0f ? code : 0.0f; /* NaN becomes 0 */
         code = code < 255.0f ? code : 255.0f;
         const int i = (int)code;
-        const float near = k[t] - (zero + scale * (float)i);
-        const float far = k[t] - (zero + scale * ((float)(i & 0xf0) + 7.5f));
+        const float near = k[t] - (centre + scale * ((float)i - 127.5f));
+        const float far = k[t] - (centre + scale * ((float)(i & 0xf0) - 120.0f));
         const float high = (float)(i >> 4) - 7.5f;
         u[t] = (uint8_t)i;
         sums->fine[t] += near * near;
@@ -126,7 +127,7 @@ static void code_tile(const struct fkv_profile_object *p, const float *x, const 
         uint8_t u[8][FKV_TILE] = {{0}};
         for (int i = 0; i < 8 && 8 * o + i < D; i++) {
             const int c = 8 * o + i;
-            code_channel(x + c * FKV_TILE, from->zero[c], from->scale[c], from->inverse[c], u[i],
+            code_channel(x + c * FKV_TILE, from->centre[c], from->scale[c], from->inverse[c], u[i],
                          &sums);
         }
         for (int t = 0; t < FKV_TILE; t++)
@@ -145,7 +146,7 @@ void fkv_index_make(const struct fkv_profile_object *p, const struct fkv_kernels
     struct tables tables;
     tables.head = (struct fkv_index_head *)(void *)at;
     tables.scales = (uint16_t *)(void *)(tables.head + 1);
-    tables.zeros = tables.scales + fkv_index_stride(p);
+    tables.centres = tables.scales + fkv_index_stride(p);
     find_ranges(p, kernels, keys, tile_bytes, x, &tables);
     for (int64_t i = 0; i < fkv_tiles_per_block(p); i++) {
         const struct fkv_index to = fkv_index_of(p, at, i);

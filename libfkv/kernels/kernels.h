@@ -167,17 +167,18 @@ struct fkv_taps {
 
 /*
  * The index of keys (cache/index.h). Rows of a query are folded into a block's scales:
- * y[r][c] = q[r][c] * scale[c] and z[r][c] = y[r][c] / step, rounded, -127..127, where step is the greatest |y[r][c]|
- * over 127. Both are written for `channels` rounded up to 16, with zeros behind the last one; scale and zero are
- * bfloat16, padded. The sums are of q * zero, of y, of d = y - step * z, and of d^2. Sums that are not finite make z
- * meaningless.
+ * y[r][c] = q[r][c] * scale[c] and z[r][c] = y[r][c] / step, rounded to nearest, -127..127, where step is the greatest
+ * |y[r][c]| over 127; where that is below 2^-120, z is 0. Both are written for `channels` rounded up to 16, with zeros
+ * behind the last one; scale and centre are bfloat16, padded. The sums are of q * centre and of z. A sum that is not
+ * finite makes z meaningless.
  */
 struct fkv_folded {
-    float step, zero, sum, rest, squares;
+    float step, centre;
+    int32_t z;
 };
 #define FKV_DECL_FOLD_INDEX(name)                                                                  \
     void name(float *y, int8_t *z, ptrdiff_t stride, struct fkv_folded *sums, const float *q,      \
-              const uint16_t *scale, const uint16_t *zero, int channels, int rows)
+              const uint16_t *scale, const uint16_t *centre, int channels, int rows)
 /* Bit t of bits[r] is !(step * i + (norm * bound[t] + base) < limit[r]) with two fused operations, so NaN sets it;
  * i = sum_c z[r][c] * u[c][t] over 8 * octets channels and 4-bit codes [octets][64][4]. bound: bfloat16, behind the
  * codes. next as in SCORES. */
@@ -187,7 +188,7 @@ struct fkv_sift {
 #define FKV_DECL_SIFT(name)                                                                        \
     void name(uint64_t *bits, const int8_t *z, ptrdiff_t z_stride, const struct fkv_sift *sift,    \
               const float *limit, const uint8_t *codes, int octets, int rows, const void *next)
-/* sum_c y[c] * (16 * a[c] + b[c]) of one token: octet i of a is at coarse + 256 i, of b at fine + 4 i. */
+/* sum_c y[c] * (16 * a[c] + b[c] - 127.5) of one token: octet i of a is at coarse + 256 i, of b at fine + 4 i. */
 #define FKV_DECL_REFINE(name)                                                                      \
     float name(const float *y, const uint8_t *coarse, const uint8_t *fine, int octets)
 

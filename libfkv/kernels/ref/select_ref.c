@@ -52,13 +52,12 @@ static FKV_DECL_OVER(over_ref) {
 
 static FKV_DECL_FOLD_INDEX(fold_index_ref) {
     for (int r = 0; r < rows; r++, y += stride, z += stride, q += stride) {
-        struct fkv_folded s = {0};
+        struct fkv_folded s = {0.0f, 0.0f, 0};
         memset(y, 0, (size_t)((channels + 15) / 16 * 16) * sizeof *y);
         memset(z, 0, (size_t)((channels + 15) / 16 * 16));
         for (int c = 0; c < channels; c++) {
             y[c] = q[c] * fkv_bf16_to_f32(scale[c]);
-            s.zero += q[c] * fkv_bf16_to_f32(zero[c]);
-            s.sum += y[c];
+            s.centre += q[c] * fkv_bf16_to_f32(centre[c]);
             if (fabsf(y[c]) > s.step)
                 s.step = fabsf(y[c]);
         }
@@ -67,9 +66,7 @@ static FKV_DECL_FOLD_INDEX(fold_index_ref) {
         for (int c = 0; c < channels; c++) {
             const float code = y[c] * inverse;
             z[c] = (int8_t)lrintf(fabsf(code) <= 127.5f ? code : 0.0f);
-            const float rest = y[c] - s.step * z[c];
-            s.rest += rest;
-            s.squares += rest * rest;
+            s.z += z[c];
         }
         sums[r] = s;
     }
@@ -101,7 +98,7 @@ static FKV_DECL_REFINE(refine_ref) {
     float sum = 0.0f;
     for (int c = 0; c < 8 * octets; c++) {
         const int code = 16 * nibble(coarse + c / 8 * 256, c % 8) + nibble(fine + c / 8 * 4, c % 8);
-        sum += y[c] * (float)code;
+        sum += y[c] * ((float)code - 127.5f);
     }
     return sum;
 }

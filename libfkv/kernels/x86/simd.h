@@ -208,34 +208,34 @@ static inline vi FKV_NAME(sift_dot)(vi s, vi u, vi z) {
 #include "simd_sift.h"
 
 static FKV_DECL_FOLD_INDEX(FKV_NAME(fold_index)) {
+    const int padded = (channels + 15) / 16 * 16;
+    float scales[FKV_MAX_HEAD_DIM], centres[FKV_MAX_HEAD_DIM];
+    for (int c = 0; c < padded; c += VL) {
+        const int n = channels - c < VL ? channels - c : VL;
+        v_store(scales + c, n > 0 ? v_first(v_load_bf16(scale + c), n, v_zero()) : v_zero());
+        v_store(centres + c, n > 0 ? v_first(v_load_bf16(centre + c), n, v_zero()) : v_zero());
+    }
     for (int r = 0; r < rows; r++, y += stride, z += stride, q += stride) {
-        vf most = v_zero(), zeros = v_zero(), all = v_zero(), rest = v_zero(), squares = v_zero();
-        for (int c = 0; c < (channels + 15) / 16 * 16; c += VL) {
+        vf most = v_zero(), sum = v_zero();
+        vi total = vi_set1(0);
+        for (int c = 0; c < padded; c += VL) {
             const int n = channels - c < VL ? channels - c : VL;
-            vf x = v_zero(), low = v_zero(), step = v_zero();
-            if (n > 0) {
-                x = v_first(v_load(q + c), n, v_zero());
-                low = v_first(v_load_bf16(zero + c), n, v_zero());
-                step = v_first(v_load_bf16(scale + c), n, v_zero());
-            }
-            const vf product = v_mul(x, step);
-            zeros = v_fma(x, low, zeros);
-            all = v_add(all, product);
+            const vf x = n == VL ? v_load(q + c)
+                         : n > 0 ? v_first(v_load(q + c), n, v_zero())
+                                 : v_zero();
+            const vf product = v_mul(x, v_load(scales + c));
+            sum = v_fma(x, v_load(centres + c), sum);
             most = v_max(most, v_abs(product));
             v_store(y + c, product);
         }
         const float step = v_hmax(most) / 127.0f;
-        const vf size = v_set1(step), inverse = v_set1(step > 0x1p-120f ? 1.0f / step : 0.0f);
-        for (int c = 0; c < (channels + 15) / 16 * 16; c += VL) {
-            const vf product = v_load(y + c);
-            const vi code = v_to_int(v_mul(product, inverse));
-            const vf less = v_sub(product, v_mul(size, v_from_int(code)));
-            rest = v_add(rest, less);
-            squares = v_fma(less, less, squares);
+        const vf inverse = v_set1(step > 0x1p-120f ? 1.0f / step : 0.0f);
+        for (int c = 0; c < padded; c += VL) {
+            const vi code = v_to_int(v_mul(v_load(y + c), inverse));
+            total = vi_add(total, code);
             vi_save_signed_bytes(z + c, code);
         }
-        sums[r] =
-            (struct fkv_folded){step, v_hsum(zeros), v_hsum(all), v_hsum(rest), v_hsum(squares)};
+        sums[r] = (struct fkv_folded){step, v_hsum(sum), (int32_t)v_hsum(v_from_int(total))};
     }
 }
 
@@ -248,7 +248,8 @@ static inline uint64_t octet(const uint8_t *p) {
 static inline __m256 refine_octet(const float *y, const uint8_t *coarse, const uint8_t *fine,
                                   __m256 sum) {
     const __m128i code = _mm_cvtsi64_si128((long long)(octet(coarse) << 4 | octet(fine)));
-    return _mm256_fmadd_ps(_mm256_loadu_ps(y), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(code)), sum);
+    const __m256 u = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(code));
+    return _mm256_fmadd_ps(_mm256_loadu_ps(y), _mm256_sub_ps(u, _mm256_set1_ps(127.5f)), sum);
 }
 
 static FKV_DECL_REFINE(FKV_NAME(refine)) {

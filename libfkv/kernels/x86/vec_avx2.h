@@ -131,6 +131,9 @@ static inline vi vi_srl(vi x, int n) {
 static inline vi vi_sll(vi x, int n) {
     return _mm256_sll_epi32(x, _mm_cvtsi32_si128(n));
 }
+static inline vi vi_add(vi a, vi b) {
+    return _mm256_add_epi32(a, b);
+}
 static inline vi vi_or(vi a, vi b) {
     return _mm256_or_si256(a, b);
 }

@@ -122,6 +122,9 @@ static inline vi vi_srl(vi x, int n) {
 static inline vi vi_sll(vi x, int n) {
     return _mm512_sll_epi32(x, _mm_cvtsi32_si128(n));
 }
+static inline vi vi_add(vi a, vi b) {
+    return _mm512_add_epi32(a, b);
+}
 static inline vi vi_or(vi a, vi b) {
     return _mm512_or_si512(a, b);
 }
