@@ -64,6 +64,20 @@ int fkv_pick_insert(struct fkv_pick *list, int held, int room, struct fkv_pick p
 /* The index of a page; *at is its block's, NULL if there is none. */
 struct fkv_index fkv_page_index(const struct fkv_longjob *job, const struct fkv_party *party,
                                 int64_t page, int head, const char **at);
+/* Rows of queries in terms of a block's index: a key's score is no more than step * i + (norm * bound + base) of
+ * the coarse codes, and within `off` of middle + the refined sum. At most FKV_SCAN_ROWS. */
+struct fkv_sift_rows {
+    int rows;
+    ptrdiff_t stride;
+    const float *q, *norm; /* in: [rows][stride] and [rows], of fkv_sift_norm() */
+    float *y;
+    int8_t *z;
+    struct fkv_sift *sift;
+    float *middle, *off;
+};
+float fkv_sift_norm(const float *q, int dims);
+void fkv_sift_fold(const struct fkv_kernels *kernels, const struct fkv_index *x,
+                   const struct fkv_sift_rows *to, int dims);
 void fkv_sift_begin(struct fkv_scan *s);
 /* A page with an index. next: that of the next page, or NULL. */
 void fkv_sift_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x, const char *at,

@@ -43,11 +43,7 @@ void fkv_sift_begin(struct fkv_scan *s) {
     const int D = s->job->profile->model.head_dim;
     s->sifting = true;
     for (int r = 0; r < s->rows; r++) {
-        const float *q = s->q + (ptrdiff_t)r * s->stride;
-        float sum = 0.0f;
-        for (int d = 0; d < D; d++)
-            sum += q[d] * q[d];
-        s->norm[r] = sqrtf(sum) * 1.0001f + FKV_INDEX_TINY;
+        s->norm[r] = fkv_sift_norm(s->q + (ptrdiff_t)r * s->stride, D);
         s->least[r] = -INFINITY;
         s->lows_n[r] = 0;
         s->job->lc->maybes_n[fkv_scan_list(s, r)] = 0;
@@ -77,24 +73,44 @@ void fkv_sift_raise(struct fkv_scan *s, int r, float low) {
         s->limit[r] = under;
 }
 
-static void fold(struct fkv_scan *s, const struct fkv_index *x) {
-    const int D = s->job->profile->model.head_dim, side = s->side;
-    const float root = 1.001f * sqrtf((float)D);
+float fkv_sift_norm(const float *q, int dims) {
+    float sum = 0.0f;
+    for (int d = 0; d < dims; d++)
+        sum += q[d] * q[d];
+    return sqrtf(sum) * 1.0001f + FKV_INDEX_TINY;
+}
+
+void fkv_sift_fold(const struct fkv_kernels *kernels, const struct fkv_index *x,
+                   const struct fkv_sift_rows *to, int dims) {
+    const float root = 1.001f * sqrtf((float)dims);
     struct fkv_folded sums[FKV_SCAN_ROWS];
-    s->job->kernels->fold_index(s->y[side], s->z, s->stride, sums, s->q, x->scale, x->centre, D,
-                                s->rows);
-    for (int r = 0; r < s->rows; r++) {
-        const float all = s->norm[r] * x->head->reach;
+    kernels->fold_index(to->y, to->z, to->stride, sums, to->q, x->scale, x->centre, dims, to->rows);
+    for (int r = 0; r < to->rows; r++) {
+        const float all = to->norm[r] * x->head->reach;
         const float slack =
-            all < 0x1p120f ? (8.0f * (float)D + 256.0f) * 0x1p-24f * all + 0x1p-120f : INFINITY;
-        const float lost = sums[r].step > 0x1p-119f ? sums[r].step : 127.0f * 0x1p-119f;
-        s->sift[r].step = 16.0f * sums[r].step;
-        s->sift[r].base = sums[r].centre - 120.0f * sums[r].step * (float)sums[r].z +
-                          8.002f * lost * root * x->head->spread + slack;
-        s->sift[r].norm = s->norm[r];
-        s->middle[side][r] = sums[r].centre;
-        s->off[side][r] = s->norm[r] * x->head->fine + slack;
+            all < 0x1p120f ? (8.0f * (float)dims + 256.0f) * 0x1p-24f * all + 0x1p-120f : INFINITY;
+        const float step = sums[r].step;
+        const float lost = step > 0x1p-119f ? step : 127.0f * 0x1p-119f;
+        to->sift[r].step = 16.0f * step;
+        to->sift[r].base = sums[r].centre - 120.0f * step * (float)sums[r].z +
+                           8.002f * lost * root * x->head->spread + slack;
+        to->sift[r].norm = to->norm[r];
+        to->middle[r] = sums[r].centre;
+        to->off[r] = to->norm[r] * x->head->fine + slack;
     }
+}
+
+static void fold(struct fkv_scan *s, const struct fkv_index *x) {
+    const struct fkv_sift_rows to = {.rows = s->rows,
+                                     .stride = s->stride,
+                                     .q = s->q,
+                                     .norm = s->norm,
+                                     .y = s->y[s->side],
+                                     .z = s->z,
+                                     .sift = s->sift,
+                                     .middle = s->middle[s->side],
+                                     .off = s->off[s->side]};
+    fkv_sift_fold(s->job->kernels, x, &to, s->job->profile->model.head_dim);
 }
 
 /* ---- maybes */
