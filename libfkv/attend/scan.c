@@ -145,36 +145,33 @@ void fkv_scan_exact(struct fkv_scan *s, const struct fkv_place *place, bool sink
     pick_page(s, first, mask);
 }
 
-/* Where what is read of a page lies. */
-struct page {
-    struct fkv_place place; /* where there is no index */
-    struct fkv_index index;
-    const char *block; /* its index; NULL: none */
-};
-
-static struct page find_page(const struct fkv_scan *s, int64_t page) {
-    struct page a = {.block = NULL};
-    if (s->sifting)
-        a.index = fkv_page_index(s->job, s->party, page, s->head, &a.block);
-    if (!a.block)
-        a.place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K);
-    return a;
+/* The slots of a page that are in the middle. */
+static uint64_t slots_of(const struct fkv_scan *s, int64_t page) {
+    const struct fkv_profile_object *p = s->job->profile;
+    const struct fkv_run middle = s->party->middle;
+    const int64_t first = fkv_page_first(p, page), low = fkv_max64(0, middle.first - first);
+    const int64_t high =
+        fkv_min64(fkv_min64(FKV_TILE, middle.end - first), page < 0 ? fkv_sinks(p) : FKV_TILE);
+    return (~UINT64_C(0) >> (64 - (high - low))) << low;
 }
 
-static void scan_page(struct fkv_scan *s, int64_t page, const struct page *at,
-                      const struct page *next, uint64_t mask) {
+static void scan_page(struct fkv_scan *s, int64_t page, bool last) {
     const int64_t first = fkv_page_first(s->job->profile, page);
-    if (at->block) {
-        fkv_sift_page(s, page, &at->index, at->block, next->block ? &next->index : NULL, mask);
+    const uint64_t mask = slots_of(s, page);
+    if (fkv_sift_has(s, page)) {
+        fkv_sift_page(s, page, mask);
         return;
     }
-    if (at->place.codes) {
-        score_coded(s, &at->place, &next->place);
+    const struct fkv_place place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K);
+    struct fkv_place next = {0};
+    if (!last)
+        next = fkv_page_place(s->job, s->party, page + 1, s->head, FKV_PART_K);
+    if (place.codes) {
+        score_coded(s, &place, &next);
         pick_page(s, first, mask);
         return;
     }
-    fkv_scan_exact(s, &at->place, page < 0, next->place.codes ? NULL : next->place.exact, first,
-                   mask);
+    fkv_scan_exact(s, &place, page < 0, next.codes ? NULL : next.exact, first, mask);
 }
 
 void fkv_scan_unit(void *arg, int64_t unit, int thread) {
@@ -189,21 +186,9 @@ void fkv_scan_unit(void *arg, int64_t unit, int thread) {
     const int64_t until = begin + pages * (s.range + 1) / s.party->ranges;
     load_queries(&s);
     if (job->lc->maybes)
-        fkv_sift_begin(&s);
-    struct page at = find_page(&s, from);
-    for (int64_t page = from; page < until; page++) {
-        const int64_t first = fkv_page_first(p, page);
-        const int64_t low = fkv_max64(0, middle.first - first);
-        const int64_t high =
-            fkv_min64(fkv_min64(FKV_TILE, middle.end - first), page < 0 ? fkv_sinks(p) : FKV_TILE);
-        struct page next = {.block = NULL};
-        if (page + 1 < until)
-            next = find_page(&s, page + 1);
-        scan_page(&s, page, &at, &next, (~UINT64_C(0) >> (64 - (high - low))) << low);
-        at = next;
-        if (at.block && !s.sifting) /* no more */
-            at = find_page(&s, page + 1);
-    }
+        fkv_sift_begin(&s, until);
+    for (int64_t page = from; page < until; page++)
+        scan_page(&s, page, page + 1 == until);
     fkv_sift_end(&s);
     for (int r = 0; r < s.rows; r++)
         for (int i = s.held[r]; i < k; i++)

@@ -6,9 +6,18 @@
 #include "attend/longcache.h"
 #include "cache/index.h"
 
+/* Where the indices of a layer's head are: page i below `end` has one, tile i & mask in that of its block. */
+struct fkv_indices {
+    int64_t end, mask;
+    void *const *blocks;
+    size_t from, head,
+        coarse; /* bytes before an index, of its head, of the coarse half of a tile */
+    int octets;
+};
+
 /* A page that was sifted, and what is open in it: looked at after the next page, when its data have come. */
 struct fkv_opened {
-    struct fkv_index index;
+    const uint8_t *coarse, *fine;
     int64_t first; /* its first token */
     const float *y, *middle, *off;
     uint64_t bits[FKV_SCAN_ROWS];
@@ -45,6 +54,7 @@ struct fkv_scan {
     float off[2][FKV_SCAN_ROWS];    /* how far fine scores may be off */
     struct fkv_sift sift[FKV_SCAN_ROWS];
     struct fkv_opened opened;
+    struct fkv_indices indices;
     int64_t sifted, scored; /* rows of pages that were sifted, and that were scored all the same */
 };
 
@@ -61,9 +71,6 @@ void fkv_scan_exact(struct fkv_scan *s, const struct fkv_place *place, bool sink
 int fkv_pick_insert(struct fkv_pick *list, int held, int room, struct fkv_pick pick);
 
 /* sift.c */
-/* The index of a page; *at is its block's, NULL if there is none. */
-struct fkv_index fkv_page_index(const struct fkv_longjob *job, const struct fkv_party *party,
-                                int64_t page, int head, const char **at);
 /* Rows of queries in terms of a block's index: a key's score is no more than step * i + (norm * bound + base) of
  * the coarse codes, and within `off` of middle + the refined sum. At most FKV_SCAN_ROWS. */
 struct fkv_sift_rows {
@@ -78,10 +85,13 @@ struct fkv_sift_rows {
 float fkv_sift_norm(const float *q, int dims);
 void fkv_sift_fold(const struct fkv_kernels *kernels, const struct fkv_index *x,
                    const struct fkv_sift_rows *to, int dims);
-void fkv_sift_begin(struct fkv_scan *s);
-/* A page with an index. next: that of the next page, or NULL. */
-void fkv_sift_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x, const char *at,
-                   const struct fkv_index *next, uint64_t mask);
+/* For a unit that reads pages up to `until`. */
+void fkv_sift_begin(struct fkv_scan *s, int64_t until);
+static inline bool fkv_sift_has(const struct fkv_scan *s, int64_t page) {
+    return s->sifting && page >= 0 && page < s->indices.end;
+}
+/* A page with an index. */
+void fkv_sift_page(struct fkv_scan *s, int64_t page, uint64_t mask);
 /* What is open in the last page. */
 void fkv_sift_end(struct fkv_scan *s);
 /* Takes note of a score that is known, or of a lower bound. */

@@ -26,22 +26,32 @@
 
 #include <math.h>
 
-struct fkv_index fkv_page_index(const struct fkv_longjob *job, const struct fkv_party *party,
-                                int64_t page, int head, const char **at) {
+static struct fkv_indices find_indices(const struct fkv_scan *s, int64_t until) {
+    const struct fkv_longjob *job = s->job;
     const struct fkv_profile_object *p = job->profile;
-    const struct fkv_layer *l = fkv_party_layer(job, party);
-    const size_t index =
-        job->lc->maybes ? job->plan->cache->layouts[job->layer].heads[head].index : 0;
-    *at = NULL;
-    if (!index || page < 0 || page >= l->n_coded)
-        return (struct fkv_index){0};
-    *at = fkv_block_of(p, l, page) + index;
-    return fkv_index_of(p, *at, page % fkv_tiles_per_block(p));
+    const struct fkv_layer *l = fkv_party_layer(job, s->party);
+    const size_t from = job->plan->cache->layouts[job->layer].heads[s->head].index;
+    return (struct fkv_indices){.end = from ? fkv_min64(l->n_coded, until) : 0,
+                                .mask = fkv_tiles_per_block(p) - 1,
+                                .blocks = l->tiles,
+                                .from = from,
+                                .head = fkv_index_head_bytes(p),
+                                .coarse = fkv_index_coarse_bytes(p),
+                                .octets = (int)fkv_index_octets(p)};
 }
 
-void fkv_sift_begin(struct fkv_scan *s) {
+/* The index of a page's block, and the coarse half of its tile there. */
+static const char *block_of(const struct fkv_indices *x, int64_t page) {
+    return (const char *)x->blocks[page & ~x->mask] + x->from;
+}
+static const uint8_t *coarse_of(const struct fkv_indices *x, int64_t page) {
+    return (const uint8_t *)block_of(x, page) + x->head + (size_t)(page & x->mask) * x->coarse;
+}
+
+void fkv_sift_begin(struct fkv_scan *s, int64_t until) {
     const int D = s->job->profile->model.head_dim;
     s->sifting = true;
+    s->indices = find_indices(s, until);
     for (int r = 0; r < s->rows; r++) {
         s->norm[r] = fkv_sift_norm(s->q + (ptrdiff_t)r * s->stride, D);
         s->least[r] = -INFINITY;
@@ -165,12 +175,11 @@ static void add_maybe(struct fkv_scan *s, int r, struct fkv_maybe maybe) {
 
 static void refine_row(struct fkv_scan *s, int r) {
     const struct fkv_opened *o = &s->opened;
-    const struct fkv_index *x = &o->index;
-    const int octets = (int)fkv_index_octets(s->job->profile);
+    const int octets = s->indices.octets;
     for (uint64_t bits = o->bits[r]; bits; bits &= bits - 1) {
         const int t = __builtin_ctzll(bits);
         const float sum = s->job->kernels->refine(
-            o->y + (ptrdiff_t)r * s->stride, x->coarse + 4 * t, x->fine + 4 * t * octets, octets);
+            o->y + (ptrdiff_t)r * s->stride, o->coarse + 4 * t, o->fine + 4 * t * octets, octets);
         const float score = o->middle[r] + sum, off = o->off[r];
         if (!(score + off < s->least[r]))
             add_maybe(s, r, (struct fkv_maybe){score - off, score + off, (int32_t)(o->first + t)});
@@ -186,52 +195,72 @@ void fkv_sift_end(struct fkv_scan *s) {
 
 static void prefetch(const void *from, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const char *)from + i);
+        __builtin_prefetch((const char *)from + i, 0, 2);
 }
 
+/* What is read after the next page, in part: the kernel fetches all of the next page, but what is done between two
+ * calls of it would leave the memory idle. */
+static void look_ahead(const struct fkv_indices *x, int64_t page) {
+    if (page >= x->end)
+        return;
+    if (!(page & x->mask))
+        prefetch(block_of(x, page), x->head);
+    prefetch(coarse_of(x, page), x->coarse / 2);
+}
+
+static int count_bits(uint64_t x) {
+    x -= x >> 1 & UINT64_C(0x5555555555555555);
+    x = (x & UINT64_C(0x3333333333333333)) + (x >> 2 & UINT64_C(0x3333333333333333));
+    x = (x + (x >> 4)) & UINT64_C(0x0f0f0f0f0f0f0f0f);
+    return (int)(x * UINT64_C(0x0101010101010101) >> 56);
+}
+
+/* Keeps what is open in a page for fkv_sift_end(), or scores it at once if there is too much. */
 static void open_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x,
                       const uint64_t *bits, uint64_t mask) {
     struct fkv_opened *o = &s->opened;
-    o->index = *x;
-    o->first = fkv_page_first(s->job->profile, page);
+    const int octets = s->indices.octets;
+    const int64_t first = fkv_page_first(s->job->profile, page);
+    uint64_t any = 0;
+    int open = 0;
+    for (int r = 0; r < s->rows; r++) {
+        o->bits[r] = bits[r] & mask;
+        any |= o->bits[r];
+        open += count_bits(o->bits[r]);
+    }
+    if (open > 8 * (s->rows + 1)) {
+        const struct fkv_place place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K);
+        fkv_scan_exact(s, &place, false, NULL, first, mask);
+        s->scored += s->rows;
+        return;
+    }
+    o->coarse = x->coarse;
+    o->fine = x->fine;
+    o->first = first;
     o->y = s->y[s->side];
     o->middle = s->middle[s->side];
     o->off = s->off[s->side];
-    o->any = true;
-    for (int r = 0; r < s->rows; r++)
-        o->bits[r] = bits[r] & mask;
+    o->any = open;
+    for (; any; any &= any - 1)
+        prefetch(x->fine + 4 * __builtin_ctzll(any) * octets, 4 * (size_t)octets);
 }
 
-void fkv_sift_page(struct fkv_scan *s, int64_t page, const struct fkv_index *x, const char *at,
-                   const struct fkv_index *next, uint64_t mask) {
-    const struct fkv_profile_object *p = s->job->profile;
-    const int octets = (int)fkv_index_octets(p);
-    uint64_t bits[FKV_SCAN_ROWS], any = 0;
-    int open = 0;
-    if (s->block[s->side] != at) {
+void fkv_sift_page(struct fkv_scan *s, int64_t page, uint64_t mask) {
+    const struct fkv_indices *all = &s->indices;
+    const char *block = block_of(all, page);
+    const struct fkv_index x = fkv_index_of(s->job->profile, block, page & all->mask);
+    uint64_t bits[FKV_SCAN_ROWS];
+    if (s->block[s->side] != block) {
         s->side ^= 1;
-        s->block[s->side] = at;
-        fold(s, x);
+        s->block[s->side] = block;
+        fold(s, &x);
     }
-    if (next && next->scale != x->scale)
-        prefetch(next->scale, fkv_index_head_bytes(p));
-    s->job->kernels->sift(bits, s->z, s->stride, s->sift, s->least, x->coarse, octets, s->rows,
-                          next ? next->coarse : NULL);
-    for (int r = 0; r < s->rows; r++) {
-        any |= bits[r] & mask;
-        open += __builtin_popcountll(bits[r] & mask);
-    }
-    const bool many = open > 8 * (s->rows + 1);
-    for (uint64_t b = many ? 0 : any; b; b &= b - 1)
-        prefetch(x->fine + 4 * __builtin_ctzll(b) * octets, 4 * (size_t)octets);
+    s->job->kernels->sift(bits, s->z, s->stride, s->sift, s->least, x.coarse, all->octets, s->rows,
+                          page + 1 < all->end ? coarse_of(all, page + 1) : NULL);
+    look_ahead(all, page + 2);
     fkv_sift_end(s);
+    open_page(s, page, &x, bits, mask);
     s->sifted += s->rows;
-    if (many) { /* it costs less to score them all */
-        const struct fkv_place place = fkv_page_place(s->job, s->party, page, s->head, FKV_PART_K);
-        fkv_scan_exact(s, &place, false, NULL, fkv_page_first(p, page), mask);
-        s->scored += s->rows;
-    } else if (open)
-        open_page(s, page, x, bits, mask);
     /* keys that cannot be told apart: the plain search is faster */
     if (s->scored > s->sifted / 2 + 8 * s->rows) {
         fkv_sift_end(s);
