@@ -19,7 +19,7 @@ struct options {
     fkv_dtype storage;
     fkv_cpu_level cpu_level;
     uint64_t seed;
-    bool json, check, select, cuda, tokens_given;
+    bool json, check, select, index, cuda, tokens_given;
 };
 
 static const char usage[] =
@@ -35,6 +35,7 @@ static const char usage[] =
     "                         (default fourier:0.8)\n"
     "  --select               attend with selection, within 8192 tokens, to keys held\n"
     "                         unrotated (exact, coded: or uniform:); dense attends to all\n"
+    "  --index                with an index of exact keys, for --select or --op append\n"
     "  --layer N              layer of FILE to take (default 0)\n"
     "  --storage f16|bf16|f32 type of what is held exactly (default f16; not with FILE)\n"
     "  --hq N --hk N --dim N  query heads, KV heads, head dimension (default 32 8 128; not\n"
@@ -175,6 +176,10 @@ static struct options parse(int argc, char **argv) {
             o.select = true;
             continue;
         }
+        if (!strcmp(name, "--index")) {
+            o.index = true;
+            continue;
+        }
         if (!strcmp(name, "--no-check")) {
             o.check = false;
             continue;
@@ -238,8 +243,11 @@ static void init_calibrated(struct bench_model *model, const struct options *o, 
 static void set_selection(struct bench_model *model, const struct options *o) {
     if (o->select && (!model->calibrated || o->op != OP_ATTEND))
         usage_error("--select is for --op attend with profiles exact, coded: and uniform:");
+    if (o->index && (!model->calibrated || (!o->select && o->op != OP_APPEND)))
+        usage_error("--index is for --select, or for --op append with the same profiles");
     model->select = o->select;
-    if (o->select)
+    model->index = o->index;
+    if (o->select || o->index)
         model->codec.domain = FKV_DOMAIN_UNROTATED;
 }
 
@@ -263,7 +271,7 @@ static void init_model(struct bench_model *model, const struct options *o, fkv_c
         model->storage = o->storage ? o->storage : FKV_DTYPE_F16;
         if (forms[i].init)
             forms[i].init(model, o, o->profile + length, r);
-        else if (o->select)
+        else if (o->select || o->index)
             bench_model_uniform(model, 16);
         set_selection(model, o);
         return;
@@ -448,7 +456,7 @@ int main(int argc, char **argv) {
 
     init_model(&models[1], &o, ctx, &r);
     models[0] = models[1];
-    models[0].coded = models[0].calibrated = models[0].select = false;
+    models[0].coded = models[0].calibrated = models[0].select = models[0].index = false;
     models[0].storage = FKV_DTYPE_BF16;
     fprintf(stderr, "measuring the read bandwidth\n");
     double bandwidth = bench_read_bandwidth(info.threads, buffer);

@@ -45,6 +45,7 @@ struct bench_model {
     fkv_fourier_params fourier;
     bool calibrated;
     bool select; /* attend with selection; keys are held unrotated */
+    bool index;  /* with an index of keys */
     fkv_codec_params codec;
     uint8_t *mask[2];  /* [hk][dim] of K and V: 1 for Fourier-coded, or bits */
     float *carrier[2]; /* the same shape; NULL unless calibrated */

@@ -237,7 +237,10 @@ void bench_variant_init(struct bench_variant *v, fkv_context *ctx, const struct 
     v->tokens = tokens;
     v->batch = batch;
     v->profile = make_profile(ctx, model);
-    bench_check(ctx, fkv_cache_create(ctx, v->profile, NULL, &v->cache), "cache");
+    fkv_cache_params params;
+    fkv_cache_params_init(&params, sizeof(params));
+    params.flags = model->index ? FKV_CACHE_KEY_INDEX : 0;
+    bench_check(ctx, fkv_cache_create(ctx, v->profile, &params, &v->cache), "cache");
     bench_check(ctx, fkv_plan_create(v->cache, &v->plan), "plan");
     if (model->select) {
         fkv_select_params select;

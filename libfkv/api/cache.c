@@ -2,9 +2,12 @@
 #include "attend/plan.h"
 #include "device/device.h"
 
+/* Size of fkv_cache_params in the first release. */
+#define FIRST_PARAMS offsetof(fkv_cache_params, flags)
+
 fkv_status fkv_cache_params_init(fkv_cache_params *params, size_t struct_size) {
     const fkv_cache_params defaults = {.struct_size = sizeof defaults};
-    return fkv_params_init(params, struct_size, sizeof defaults, &defaults, sizeof defaults);
+    return fkv_params_init(params, struct_size, FIRST_PARAMS, &defaults, sizeof defaults);
 }
 
 fkv_status fkv_sequence_params_init(fkv_sequence_params *params, size_t struct_size) {
@@ -12,18 +15,37 @@ fkv_status fkv_sequence_params_init(fkv_sequence_params *params, size_t struct_s
     return fkv_params_init(params, struct_size, sizeof defaults, &defaults, sizeof defaults);
 }
 
+static fkv_status check_flags(struct fkv_ctx *ctx, const struct fkv_profile_object *profile,
+                              uint64_t flags) {
+    if (flags & ~(uint64_t)FKV_CACHE_KEY_INDEX)
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "params.flags: unknown bits in %#llx",
+                        (unsigned long long)flags);
+    if (!(flags & FKV_CACHE_KEY_INDEX))
+        return FKV_OK;
+    if (profile->coding != FKV_CODING_CALIBRATED || profile->codec.domain != FKV_DOMAIN_UNROTATED)
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                        "params.flags: an index of keys needs a calibrated profile that holds them "
+                        "unrotated");
+    if (ctx->cuda)
+        return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                        "params.flags: the CUDA backend has no index of keys");
+    return FKV_OK;
+}
+
 static fkv_status create_cache(struct fkv_ctx *ctx, struct fkv_profile_object *profile,
                                const fkv_cache_params *params, fkv_cache **out) {
     fkv_cache_params own = {.struct_size = sizeof own};
     if (params) {
-        fkv_status status = fkv_params_read(ctx, "params", params, sizeof own, &own, sizeof own);
+        fkv_status status = fkv_params_read(ctx, "params", params, FIRST_PARAMS, &own, sizeof own);
         if (status != FKV_OK)
             return status;
     }
     if (own.reserved)
         return fkv_fail(ctx, FKV_ERR_UNSUPPORTED, "params.reserved is not zero");
     struct fkv_cache_object *cache;
-    fkv_status status = fkv_cache_new(ctx, profile, &own, &cache);
+    fkv_status status = check_flags(ctx, profile, own.flags);
+    if (status == FKV_OK)
+        status = fkv_cache_new(ctx, profile, &own, &cache);
     if (status != FKV_OK)
         return status;
     *out = fkv_handle_create(FKV_KIND_CACHE, cache);

@@ -57,10 +57,10 @@ static void size_scan(const struct fkv_plan_object *plan, const struct fkv_longc
 /* Rounds of as many parties as have no more queries than the largest. */
 static void cut_rounds(const struct fkv_plan_object *plan, struct fkv_longcache *lc) {
     const struct fkv_model *m = &plan->cache->profile->model;
-    lc->rounds_n = lc->round_most = lc->picks_n = lc->items_most = 0;
+    lc->rounds_n = lc->round_most = lc->lists_n = lc->items_most = 0;
     for (int64_t i = 0, end; i < lc->parties_n; i = end) {
         struct fkv_round round = {.first = i};
-        int64_t queries = 0, picks = 0;
+        int64_t queries = 0, lists = 0;
         for (end = i; end < lc->parties_n && queries + lc->parties[end].count <= lc->votes; end++)
             queries += lc->parties[end].count;
         round.count = end - i;
@@ -68,16 +68,18 @@ static void cut_rounds(const struct fkv_plan_object *plan, struct fkv_longcache 
             struct fkv_party *party = &lc->parties[j];
             size_scan(plan, lc, party, round.count);
             party->scan = round.scans;
-            party->picks = picks;
+            party->list = lists;
             party->unit = round.units;
+            lc->ranges_most = fkv_max64(lc->ranges_most, party->ranges);
             party->blocks = fkv_ceil_div(party->count * m->group, FKV_UNIT_ROWS);
             round.scans += party->scan_blocks * party->ranges * m->n_kv_heads;
             round.units += party->blocks * m->n_kv_heads;
-            picks += party->count * m->n_q_heads * party->ranges * lc->params.top_k;
+            round.rows += party->count * m->n_q_heads;
+            lists += party->count * m->n_q_heads * party->ranges;
         }
         lc->rounds[lc->rounds_n++] = round;
         lc->round_most = fkv_max64(lc->round_most, round.count);
-        lc->picks_n = fkv_max64(lc->picks_n, picks);
+        lc->lists_n = fkv_max64(lc->lists_n, lists);
         lc->items_most = fkv_max64(lc->items_most, round.units);
     }
 }
@@ -99,8 +101,14 @@ static void size_views(const struct fkv_plan_object *plan, struct fkv_longcache 
     const int64_t stride = fkv_round16(p->model.head_dim);
     const int64_t view =
         FKV_UNIT_ROWS * (FKV_CHUNK_PIECES * FKV_TILE + 2 * stride) + 2 * stride * FKV_TILE;
-    const int64_t scan = FKV_SCAN_ROWS * (3 * stride + FKV_TILE) + stride * FKV_TILE;
+    const int64_t sift = plan->cache->indexed ? 3 * stride + params->top_k : 0;
+    const int64_t scan = FKV_SCAN_ROWS * (3 * stride + FKV_TILE + sift) + stride * FKV_TILE;
     lc->scratch = fkv_max64(view, scan) + 64;
+    if (plan->cache->indexed) /* a row's candidates of all ranges */
+        lc->scratch =
+            fkv_max64(lc->scratch,
+                      FKV_MAX_HEAD_DIM + 64 +
+                          3 * lc->ranges_most * (fkv_maybes_room(params->top_k) + params->top_k));
     lc->state = FKV_UNIT_ROWS * (2 * stride + 2) + 32;
     lc->partial = FKV_UNIT_ROWS * (stride + 2) + 32;
     lc->voters = lc->votes * p->model.n_q_heads;
@@ -137,6 +145,7 @@ static void carve_all(struct carver *c, const struct fkv_plan_object *plan,
     const int64_t threads = plan->ctx->threads;
     const struct fkv_waves *w = plan->cache->profile->waves;
     const int64_t pairs = w ? w->pairs : 0;
+    const int top_k = lc->params.top_k;
     carve(c, 1, 1, sizeof *lc);
     lc->parties = carve(c, lc->parties_n, 1, sizeof *lc->parties);
     lc->rounds = carve(c, lc->parties_n, 1, sizeof *lc->rounds);
@@ -144,7 +153,12 @@ static void carve_all(struct carver *c, const struct fkv_plan_object *plan,
     lc->chunks = carve(c, lc->round_most, lc->chunks_most + 1, sizeof *lc->chunks);
     lc->turns = carve(c, lc->round_most * lc->pieces_most, 2 * pairs, sizeof *lc->turns);
     lc->runs = carve(c, threads, lc->runs_most, sizeof *lc->runs);
-    lc->picks = carve(c, lc->picks_n, 1, sizeof *lc->picks);
+    lc->picks = carve(c, lc->lists_n, top_k, sizeof *lc->picks);
+    lc->maybes = NULL;
+    if (plan->cache->indexed && top_k) {
+        lc->maybes = carve(c, lc->lists_n, fkv_maybes_room(top_k), sizeof *lc->maybes);
+        lc->maybes_n = carve(c, lc->lists_n, 1, sizeof *lc->maybes_n);
+    }
     lc->sorting = carve(c, threads, 2 * lc->votes + lc->voters + 1, sizeof *lc->sorting);
     lc->chosen = carve(c, plan->n_rows, 1, sizeof *lc->chosen);
     lc->spans = carve(c, plan->n_rows, lc->clip, sizeof *lc->spans);
@@ -241,6 +255,8 @@ void fkv_longcache_attend(struct fkv_plan_object *plan, int layer, const struct 
     for (int64_t i = 0; i < lc->rounds_n; i++) {
         job.round = &lc->rounds[i];
         fkv_pool_run(plan->ctx->pool, job.round->scans, fkv_scan_unit, &job);
+        if (lc->maybes)
+            fkv_pool_run(plan->ctx->pool, job.round->rows, fkv_settle_unit, &job);
         fkv_pool_run(plan->ctx->pool, job.round->count, fkv_choose, &job);
         if (!lc->by_chunk) {
             fkv_pool_run(plan->ctx->pool, job.round->units, fkv_view_unit, &job);

@@ -6,6 +6,7 @@
  * the same view, each up to itself. A view is a list of pieces, each a stretch of one page whose tokens get
  * consecutive positions. Parties run in rounds, so that the workspace does not grow with the step. In a round:
  *   scan    units of (KV head, block of query heads, range of pages): the top k keys of each query head
+ *   settle  with an index, each query head: the keys that are still open
  *   choose  each party: votes, spans, pieces
  *   attend  units of (KV head, block of query heads), chunks of up to 16 pieces, merged in order
  * Results depend on the parties, on no other of these cuts.
@@ -37,6 +38,16 @@ struct fkv_pick {
     int32_t index;
 };
 
+/* A key that may be among them: its score is between these. */
+struct fkv_maybe {
+    float lower, upper;
+    int32_t index;
+};
+
+static inline int fkv_maybes_room(int top_k) {
+    return 16 + 2 * top_k;
+}
+
 struct fkv_party {
     int64_t row;           /* of the plan */
     int64_t first;         /* its first query among the row's new tokens */
@@ -46,7 +57,7 @@ struct fkv_party {
     bool last;             /* of its row */
     /* within its round */
     int64_t scan, scan_blocks, ranges; /* scan units: [head][block][range] */
-    int64_t picks;                     /* its first list */
+    int64_t list;                      /* its first list of picks */
     int64_t unit, blocks;              /* units of attention: [head][block] */
     /* what was chosen */
     int64_t pieces, chunks, width;
@@ -56,6 +67,7 @@ struct fkv_party {
 struct fkv_round {
     int64_t first, count; /* parties */
     int64_t scans, units;
+    int64_t rows; /* query heads of all its parties */
 };
 
 /* The last selection of a row, for fkv_plan_selection(). */
@@ -71,8 +83,8 @@ struct fkv_longcache {
     int64_t pieces_most, chunks_most, runs_most;
     int64_t votes, voters;           /* picks of a party, and votes for one key, at most */
     int64_t partial, state, scratch; /* floats */
-    int64_t partials_n, states_n, picks_n, items_most;
-    int64_t turns_n;
+    int64_t partials_n, states_n, lists_n, items_most;
+    int64_t turns_n, ranges_most;
     bool by_chunk;
     int layer; /* of the last selection; -1: none */
     struct fkv_party *parties;
@@ -81,7 +93,9 @@ struct fkv_longcache {
     int32_t *chunks;          /* [round_most][chunks_most + 1]: first piece of each */
     float *turns; /* [round_most][pieces_most][2][pairs]: cos, sin of what turns queries back */
     struct fkv_run *runs;      /* [threads][runs_most] */
-    struct fkv_pick *picks;    /* of a round: [query head of the party][range][top_k] */
+    struct fkv_pick *picks;    /* of a round, lists of top_k: [query head of the party][range] */
+    struct fkv_maybe *maybes;  /* the same of fkv_maybes_room(); NULL: the cache has no index */
+    int32_t *maybes_n;         /* in each list */
     uint32_t *sorting;         /* [threads][2 * votes + voters + 1] */
     struct fkv_chosen *chosen; /* [rows] */
     struct fkv_run *spans;     /* [rows][clip] */
@@ -135,8 +149,10 @@ struct fkv_place fkv_page_place(const struct fkv_longjob *job, const struct fkv_
 const void *fkv_spread_sinks(const struct fkv_longjob *job, const struct fkv_place *place,
                              void *to);
 
-/* select.c: pool functions over a round's scan units and over its parties. */
+/* Pool functions over a round's scan units (scan.c), over its query heads if there is an index (sift.c), and over its
+ * parties (select.c). */
 void fkv_scan_unit(void *arg, int64_t unit, int thread);
+void fkv_settle_unit(void *arg, int64_t row, int thread);
 void fkv_choose(void *arg, int64_t party, int thread);
 
 /* view.c: attention of a round's units, each whole, or in three passes with chunks as items. */

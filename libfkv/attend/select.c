@@ -1,12 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Which tokens a party sees: scores of raw queries and keys, the top k of each query head, votes, spans. */
-#include "attend/longcache.h"
-#include "codec/rope.h"
+/* Which tokens a party sees, from the top k of each query head: votes, spans, pieces. scan.c finds those. */
+#include "attend/scan.h"
 
 #include <math.h>
 #include <string.h>
-
-#define MAX_D FKV_MAX_HEAD_DIM
 
 struct fkv_place fkv_page_place(const struct fkv_longjob *job, const struct fkv_party *party,
                                 int64_t page, int head, fkv_part part) {
@@ -47,176 +44,6 @@ const void *fkv_spread_sinks(const struct fkv_longjob *job, const struct fkv_pla
     return to;
 }
 
-/* ---- scanning */
-
-struct scan {
-    const struct fkv_longjob *job;
-    const struct fkv_party *party;
-    int head, rows;
-    int64_t first_row, range;
-    int stride;
-    float *q;        /* [rows][stride] */
-    float *permuted; /* the same as coded tiles hold their channels */
-    float *folded;   /* permuted, times the scales of a group */
-    float *scores;   /* [rows][64] */
-    float *tile;     /* [D][64]: a tile's keys as f32, when many rows read them */
-    float base[FKV_SCAN_ROWS], constant[FKV_SCAN_ROWS];
-    float limit[FKV_SCAN_ROWS]; /* a row's least pick, once it has all */
-    int held[FKV_SCAN_ROWS];
-    int64_t group;
-};
-
-static struct scan scan_at(const struct fkv_longjob *job, int64_t unit, int thread) {
-    const struct fkv_longcache *lc = job->lc;
-    const struct fkv_party *party = &lc->parties[job->round->first];
-    while (unit >=
-           party->scan + party->scan_blocks * party->ranges * job->profile->model.n_kv_heads)
-        party++;
-    const int64_t local = unit - party->scan, per_head = party->scan_blocks * party->ranges;
-    const int64_t group = job->profile->model.group;
-    struct scan s = {.job = job,
-                     .party = party,
-                     .head = (int)(local / per_head),
-                     .first_row = local % per_head / party->ranges * FKV_SCAN_ROWS,
-                     .range = local % party->ranges,
-                     .group = -1};
-    s.rows = (int)fkv_min64(FKV_SCAN_ROWS, party->count * group - s.first_row);
-    s.stride = (int)fkv_round16(job->profile->model.head_dim);
-    s.q = lc->scratches + thread * lc->scratch;
-    s.permuted = s.q + FKV_SCAN_ROWS * s.stride;
-    s.folded = s.permuted + FKV_SCAN_ROWS * s.stride;
-    s.scores = s.folded + FKV_SCAN_ROWS * s.stride;
-    s.tile = s.scores + FKV_SCAN_ROWS * FKV_TILE;
-    return s;
-}
-
-/* Row r of a party's head is query r / G and query head r % G of the group. */
-static void load_queries(struct scan *s) {
-    const struct fkv_longjob *job = s->job;
-    const struct fkv_model *m = &job->profile->model;
-    const struct fkv_residuals *k =
-        fkv_profile_residuals(job->profile, job->layer, FKV_PART_K, s->head);
-    const float *carrier = fkv_profile_carrier(job->profile, job->layer, FKV_PART_K, s->head);
-    for (int r = 0; r < s->rows; r++) {
-        const int64_t at = s->first_row + r;
-        const int64_t token =
-            job->plan->rows[s->party->row].offset + s->party->first + at / m->group;
-        float *q = s->q + (ptrdiff_t)r * s->stride,
-              *permuted = s->permuted + (ptrdiff_t)r * s->stride;
-        fkv_load_head(job->kernels, job->q, token, s->head * m->group + (int)(at % m->group),
-                      m->head_dim, q);
-        s->constant[r] = 0.0f;
-        for (int d = 0; d < m->head_dim; d++) {
-            permuted[d] = q[k->list[d]];
-            if (d >= k->count[FKV_WIDTH_EXACT])
-                s->constant[r] += permuted[d] * carrier[k->list[d]];
-        }
-        s->limit[r] = -INFINITY;
-        s->held[r] = 0;
-    }
-}
-
-static void score_exact(const struct scan *s, bool sinks, const struct fkv_place *place,
-                        const void *next) {
-    const struct fkv_profile_object *p = s->job->profile;
-    const struct fkv_kernels *kernels = s->job->kernels;
-    const enum fkv_store store = fkv_store_of(p->storage_dtype);
-    const int D = p->model.head_dim;
-    if (s->rows < 12 || store == FKV_STORE_F32 || sinks) {
-        const void *keys = sinks ? fkv_spread_sinks(s->job, place, s->tile) : place->exact;
-        kernels->scores[store](s->scores, FKV_TILE, s->q, s->stride, keys, D, s->rows, 0, next);
-        return;
-    }
-    kernels->widen[store](s->tile, place->exact, (size_t)D * FKV_TILE);
-    kernels->scores[FKV_STORE_F32](s->scores, FKV_TILE, s->q, s->stride, s->tile, D, s->rows, 0,
-                                   NULL);
-}
-
-static void score_coded(struct scan *s, const struct fkv_place *place,
-                        const struct fkv_place *next) {
-    const struct fkv_profile_object *p = s->job->profile;
-    const struct fkv_kernels *kernels = s->job->kernels;
-    const struct fkv_residuals *k = fkv_profile_residuals(p, s->job->layer, FKV_PART_K, s->head);
-    const int exact = k->count[FKV_WIDTH_EXACT];
-    if (place->group != s->group) {
-        kernels->fold(s->folded, s->stride, s->base, s->permuted + exact, s->stride, place->scale,
-                      place->zero, k->quantised, s->rows);
-        for (int r = 0; r < s->rows; r++)
-            s->base[r] += s->constant[r];
-        s->group = place->group;
-    }
-    kernels->scores_packed(s->scores, FKV_TILE, s->folded, s->stride, s->base, place->codes,
-                           k->count + FKV_WIDTH_8, s->rows, 0, k->quantised ? next->codes : NULL);
-    if (exact)
-        kernels->scores[fkv_store_of(p->storage_dtype)](s->scores, FKV_TILE, s->permuted, s->stride,
-                                                        place->exact, exact, s->rows, 1,
-                                                        next->exact);
-}
-
-/* Into a list in descending order; equal scores stay in the order in which they came, which is that of the tokens.
- * Returns the number held. */
-static int insert(struct fkv_pick *list, int held, int room, float score, int64_t index) {
-    int at = held < room ? held : room - 1;
-    if (held == room && !(score > list[at].score))
-        return held;
-    for (; at > 0 && score > list[at - 1].score; at--)
-        list[at] = list[at - 1];
-    list[at] = (struct fkv_pick){score, (int32_t)index};
-    return held < room ? held + 1 : room;
-}
-
-static struct fkv_pick *list_of(const struct scan *s, int r) {
-    const int64_t rows = s->party->count * s->job->profile->model.group;
-    const int64_t list = (s->head * rows + s->first_row + r) * s->party->ranges + s->range;
-    return s->job->lc->picks + s->party->picks + list * s->job->lc->params.top_k;
-}
-
-/* Slots `mask` of a page whose first token is `first`. */
-static void pick_page(struct scan *s, int64_t first, uint64_t mask) {
-    const int room = s->job->lc->params.top_k;
-    uint64_t over[FKV_SCAN_ROWS];
-    s->job->kernels->over(over, s->scores, FKV_TILE, s->limit, s->rows);
-    for (int r = 0; r < s->rows; r++) {
-        struct fkv_pick *list = list_of(s, r);
-        for (uint64_t bits = over[r] & mask; bits; bits &= bits - 1) {
-            const int t = __builtin_ctzll(bits);
-            s->held[r] = insert(list, s->held[r], room, s->scores[r * FKV_TILE + t], first + t);
-        }
-        if (s->held[r] == room)
-            s->limit[r] = list[room - 1].score;
-    }
-}
-
-void fkv_scan_unit(void *arg, int64_t unit, int thread) {
-    const struct fkv_longjob *job = arg;
-    const struct fkv_profile_object *p = job->profile;
-    struct scan s = scan_at(job, unit, thread);
-    const struct fkv_run middle = s.party->middle;
-    const int64_t begin = fkv_page_of(p, middle.first),
-                  pages = fkv_page_of(p, middle.end - 1) + 1 - begin;
-    const int64_t from = begin + pages * s.range / s.party->ranges;
-    const int64_t until = begin + pages * (s.range + 1) / s.party->ranges;
-    load_queries(&s);
-    for (int64_t page = from; page < until; page++) {
-        const int64_t first = fkv_page_first(p, page);
-        const int64_t low = fkv_max64(0, middle.first - first);
-        const int64_t high =
-            fkv_min64(fkv_min64(FKV_TILE, middle.end - first), page < 0 ? fkv_sinks(p) : FKV_TILE);
-        const struct fkv_place place = fkv_page_place(job, s.party, page, s.head, FKV_PART_K);
-        struct fkv_place next = {0};
-        if (page + 1 < until)
-            next = fkv_page_place(job, s.party, page + 1, s.head, FKV_PART_K);
-        if (place.codes)
-            score_coded(&s, &place, &next);
-        else
-            score_exact(&s, page < 0, &place, next.codes ? NULL : next.exact);
-        pick_page(&s, first, (~UINT64_C(0) >> (64 - (high - low))) << low);
-    }
-    for (int r = 0; r < s.rows; r++)
-        for (int i = s.held[r]; i < job->lc->params.top_k; i++)
-            list_of(&s, r)[i].index = -1;
-}
-
 /* ---- choosing */
 
 /* By index, eleven bits at a time; `spare` has as much room. Returns where the result is. */
@@ -241,14 +68,14 @@ static int64_t collect_votes(const struct fkv_longjob *job, const struct fkv_par
                              uint32_t *votes) {
     const int k = job->lc->params.top_k;
     const int64_t rows = party->count * job->profile->model.n_q_heads;
-    const struct fkv_pick *list = job->lc->picks + party->picks;
+    const struct fkv_pick *list = job->lc->picks + party->list * k;
     int64_t n = 0;
     for (int64_t r = 0; r < rows; r++) {
         struct fkv_pick best[FKV_MAX_TOP_K];
         int held = 0;
         for (int64_t i = 0; i < party->ranges * k; i++, list++)
             if (list->index >= 0)
-                held = insert(best, held, k, list->score, list->index);
+                held = fkv_pick_insert(best, held, k, *list);
         for (int i = 0; i < held; i++)
             votes[n++] = (uint32_t)best[i].index;
     }

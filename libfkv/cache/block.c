@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Sealed blocks of calibrated profiles: their sizes, where things lie in them, whose tokens they hold. */
 #include "cache/cache.h"
+#include "cache/index.h"
 
 #include <string.h>
 
@@ -16,12 +17,12 @@ size_t fkv_exact_tile_bytes(const struct fkv_profile_object *p, const struct fkv
            (p->storage_dtype == FKV_DTYPE_F32 ? 4 : 2);
 }
 
-/* Lays out one layer; heads may be NULL. */
-static struct fkv_block_size lay_out(const struct fkv_profile_object *p, int layer,
+/* Lays out one layer; heads may be NULL, and are if there is an index. */
+static struct fkv_block_size lay_out(const struct fkv_profile_object *p, int layer, bool indexed,
                                      struct fkv_head_layout *heads) {
     const size_t tiles = (size_t)fkv_tiles_per_block(p);
     const size_t groups = (size_t)(p->codec.block / p->codec.group);
-    struct fkv_block_size size = {0, 0, 0};
+    struct fkv_block_size size = {0};
     bool exact = false;
     size_t at = 0;
     for (int h = 0; h < p->model.n_kv_heads; h++) {
@@ -45,6 +46,15 @@ static struct fkv_block_size lay_out(const struct fkv_profile_object *p, int lay
         }
         at = (at + 7) / 8 * 8;
     }
+    for (int h = 0; indexed && h < p->model.n_kv_heads; h++) {
+        if (fkv_profile_residuals(p, layer, FKV_PART_K, h)->count[FKV_WIDTH_EXACT] <
+            p->model.head_dim)
+            continue;
+        at = (at + 63) / 64 * 64;
+        heads[h].index = at;
+        at += fkv_index_bytes(p);
+        size.index += fkv_index_bytes(p);
+    }
     size.head = at;
     /* Kernels for exact channels may read behind their data, those for codes never do. */
     size.bytes = at + sizeof(struct fkv_block_head) + (exact ? FKV_PAD : sizeof(uint64_t));
@@ -52,12 +62,12 @@ static struct fkv_block_size lay_out(const struct fkv_profile_object *p, int lay
 }
 
 struct fkv_block_size fkv_block_size(const struct fkv_profile_object *p, int layer) {
-    return lay_out(p, layer, NULL);
+    return lay_out(p, layer, false, NULL);
 }
 
-void fkv_block_layout(const struct fkv_profile_object *p, int layer,
+void fkv_block_layout(const struct fkv_profile_object *p, int layer, bool indexed,
                       struct fkv_layer_layout *layout) {
-    layout->block = lay_out(p, layer, layout->heads);
+    layout->block = lay_out(p, layer, indexed, layout->heads);
 }
 
 size_t fkv_block_bytes(const struct fkv_profile_object *p, const struct fkv_block_size *size,
@@ -66,11 +76,18 @@ size_t fkv_block_bytes(const struct fkv_profile_object *p, const struct fkv_bloc
     return size->bytes + (head->listed ? (size_t)p->codec.block * sizeof(int32_t) : 0);
 }
 
-/* ---- pages; the part of their bytes that scales take is counted apart */
+/* ---- pages; the parts of their bytes that scales and indices take are counted apart */
 
-static void count_scales(struct fkv_account *account, size_t scales, bool apart) {
-    account->bytes[FKV_CLASS_BLOCKS] += apart ? 0 - scales : scales;
-    account->bytes[FKV_CLASS_SCALES] += apart ? scales : 0 - scales;
+static void count_apart(struct fkv_account *account, const struct fkv_block_size *size) {
+    account->bytes[FKV_CLASS_BLOCKS] -= size->scales + size->index;
+    account->bytes[FKV_CLASS_SCALES] += size->scales;
+    account->bytes[FKV_CLASS_INDEX] += size->index;
+}
+
+static void count_together(struct fkv_account *account, const struct fkv_block_size *size) {
+    account->bytes[FKV_CLASS_BLOCKS] += size->scales + size->index;
+    account->bytes[FKV_CLASS_SCALES] -= size->scales;
+    account->bytes[FKV_CLASS_INDEX] -= size->index;
 }
 
 /* Position of body token i, which is in an exact page or among those of the step. */
@@ -96,8 +113,8 @@ void *fkv_block_new(struct fkv_cache_object *cache, struct fkv_seq *seq, int lay
     char *page = fkv_page_new(cache, seq, FKV_CLASS_BLOCKS, bytes);
     if (!page)
         return NULL;
-    count_scales(&cache->account, size->scales, true);
-    count_scales(&seq->account, size->scales, true);
+    count_apart(&cache->account, size);
+    count_apart(&seq->account, size);
     struct fkv_block_head *head = (struct fkv_block_head *)(void *)(page + size->head);
     head->first = position_of(cache, l, first, step);
     head->listed = listed;
@@ -112,7 +129,7 @@ void *fkv_block_share(struct fkv_cache_object *cache, struct fkv_seq *seq, int l
     if (!page)
         return NULL;
     fkv_page_share(cache, seq, FKV_CLASS_BLOCKS, page, fkv_block_bytes(cache->profile, size, page));
-    count_scales(&seq->account, size->scales, true);
+    count_apart(&seq->account, size);
     return page;
 }
 
@@ -121,9 +138,9 @@ void fkv_block_drop(struct fkv_cache_object *cache, struct fkv_seq *seq, int lay
     if (!page)
         return;
     const size_t bytes = fkv_block_bytes(cache->profile, size, page);
-    count_scales(&seq->account, size->scales, false);
+    count_together(&seq->account, size);
     if (!fkv_page_shared(page, bytes))
-        count_scales(&cache->account, size->scales, false);
+        count_together(&cache->account, size);
     fkv_page_drop(cache, seq, FKV_CLASS_BLOCKS, page, bytes);
 }
 

@@ -85,7 +85,7 @@ static void fill_layouts(struct fkv_cache_object *cache) {
         struct fkv_layer_layout *layout = &cache->layouts[l];
         layout->heads = next;
         if (profile->coding == FKV_CODING_CALIBRATED) {
-            fkv_block_layout(profile, l, layout);
+            fkv_block_layout(profile, l, cache->indexed, layout);
             continue;
         }
         for (int h = 0; h < heads; h++)
@@ -110,6 +110,7 @@ fkv_status fkv_cache_new(struct fkv_ctx *ctx, struct fkv_profile_object *profile
     cache->profile = profile;
     cache->max_tokens = params->max_tokens ? params->max_tokens : ctx->max_tokens;
     cache->max_bytes = params->max_bytes ? params->max_bytes : UINT64_MAX;
+    cache->indexed = params->flags & FKV_CACHE_KEY_INDEX;
     cache->bytes = sizeof *cache;
     cache->account.bytes[FKV_CLASS_TABLES] = sizeof *cache;
     fkv_ctx_ref(ctx);

@@ -15,7 +15,8 @@
  *   block        of a calibrated profile, one page for several tiles, in the entry of its first one while the
  *                others are NULL: for each KV head the tiles of K and then of V (exact channels as in a kept
  *                page, then codes as in kernels.h), then for each group of tokens of K and then of V the
- *                scales and the zero points, f16; rounded up to 8 bytes. Behind the heads struct fkv_block_head
+ *                scales and the zero points, f16; rounded up to 8 bytes. Then the indices of those heads that
+ *                have one (index.h), rounded up to 64 bytes. Behind all that struct fkv_block_head
  *   segment      two pages: the struct below with the row of fkv_spectrum_ones() for its length and the
  *                per-channel numbers; coefficients, for each KV head K [coded][stride] then V [coded][stride]
  *
@@ -38,6 +39,7 @@ enum fkv_class {
     FKV_CLASS_TABLES,
     FKV_CLASS_BLOCKS,
     FKV_CLASS_SCALES,
+    FKV_CLASS_INDEX,
     FKV_N_CLASS
 };
 
@@ -121,6 +123,7 @@ struct fkv_shared_spectrum {
 /* Bytes of a block. */
 struct fkv_block_size {
     size_t scales; /* together */
+    size_t index;  /* of all heads */
     size_t head;   /* offset of its struct fkv_block_head */
     size_t bytes;  /* of the page, without a list of positions */
 };
@@ -139,6 +142,7 @@ struct fkv_head_layout {
     size_t tiles[2];      /* before the first tile of K and V */
     size_t tile_bytes[2]; /* from tile to tile */
     size_t scales[2];     /* before the first group's scales */
+    size_t index;         /* before the index of K; 0: there is none */
 };
 struct fkv_layer_layout {
     struct fkv_head_layout *heads;
@@ -155,6 +159,7 @@ struct fkv_cache_object {
     uint64_t max_bytes;
     _Atomic int lock; /* readers, or -1 for a writer */
     bool closed;
+    bool indexed; /* heads whose keys are exact have an index in each block */
     uint64_t bytes;
     uint64_t bytes_shared;            /* in pages with several holders, once */
     size_t refused;                   /* size of the last allocation that failed */
@@ -224,7 +229,7 @@ bool fkv_page_shared(const void *page, size_t bytes);
 
 /* block.c */
 struct fkv_block_size fkv_block_size(const struct fkv_profile_object *profile, int layer);
-void fkv_block_layout(const struct fkv_profile_object *profile, int layer,
+void fkv_block_layout(const struct fkv_profile_object *profile, int layer, bool indexed,
                       struct fkv_layer_layout *layout);
 /* Of one page. */
 size_t fkv_block_bytes(const struct fkv_profile_object *profile, const struct fkv_block_size *size,

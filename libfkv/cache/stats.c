@@ -11,6 +11,7 @@ static void finish(const struct fkv_profile_object *profile, const struct fkv_ac
     stats->bytes_tables = account->bytes[FKV_CLASS_TABLES];
     stats->bytes_blocks = account->bytes[FKV_CLASS_BLOCKS];
     stats->bytes_scales = account->bytes[FKV_CLASS_SCALES];
+    stats->bytes_index = account->bytes[FKV_CLASS_INDEX];
     stats->bytes = 0;
     for (int c = 0; c < FKV_N_CLASS; c++)
         stats->bytes += account->bytes[c];

@@ -4,6 +4,7 @@
  * A block is made from the exact pages of its own tokens alone, so its bytes depend on nothing else.
  */
 #include "attend/plan.h"
+#include "cache/index.h"
 
 #include <string.h>
 
@@ -215,6 +216,9 @@ static void code_item(void *arg, int64_t item, int thread) {
     h.block_head = fkv_block_head(&layout->block, h.block);
     for (int64_t g = 0; g < p->codec.block / p->codec.group; g++)
         code_group(&h, g);
+    if (part == FKV_PART_K && layout->heads[kv_head].index)
+        fkv_index_make(p, h.kernels, h.block + h.to, h.tile_bytes, h.x,
+                       h.block + layout->heads[kv_head].index);
 }
 
 void fkv_code_blocks(struct fkv_plan_object *plan, const struct fkv_row *row, int layer,

@@ -34,6 +34,13 @@ fkv_cpu_level fkv_cpu_best_level(void) {
 #endif
     return level;
 }
+
+#ifdef FKV_HAVE_AVX512
+bool fkv_cpu_has_avx512_vnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & bit_AVX512VNNI);
+}
+#endif
 #else
 fkv_cpu_level fkv_cpu_best_level(void) {
     return FKV_CPU_REFERENCE;

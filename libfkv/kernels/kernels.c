@@ -10,6 +10,8 @@ void fkv_kernels_init(struct fkv_kernels *k, fkv_cpu_level level) {
 #ifdef FKV_HAVE_AVX512
     if (level >= FKV_CPU_AVX512)
         fkv_kernels_init_avx512(k);
+    if (level >= FKV_CPU_AVX512 && fkv_cpu_has_avx512_vnni())
+        fkv_kernels_init_avx512_vnni(k);
 #endif
     (void)level;
 }

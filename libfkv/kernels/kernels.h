@@ -16,6 +16,7 @@
 
 #include "fkv/fkv.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -164,6 +165,33 @@ struct fkv_taps {
 #define FKV_DECL_OVER(name)                                                                        \
     void name(uint64_t *bits, const float *s, ptrdiff_t s_stride, const float *limit, int rows)
 
+/*
+ * The index of keys (cache/index.h). Rows of a query are folded into a block's scales:
+ * y[r][c] = q[r][c] * scale[c] and z[r][c] = y[r][c] / step, rounded to nearest, -127..127, where step is the greatest
+ * |y[r][c]| over 127; where that is below 2^-120, z is 0. Both are written for `channels` rounded up to 16, with zeros
+ * behind the last one; scale and centre are bfloat16, padded. The sums are of q * centre and of z. A sum that is not
+ * finite makes z meaningless.
+ */
+struct fkv_folded {
+    float step, centre;
+    int32_t z;
+};
+#define FKV_DECL_FOLD_INDEX(name)                                                                  \
+    void name(float *y, int8_t *z, ptrdiff_t stride, struct fkv_folded *sums, const float *q,      \
+              const uint16_t *scale, const uint16_t *centre, int channels, int rows)
+/* Bit t of bits[r] is !(step * i + (norm * bound[t] + base) < limit[r]) with two fused operations, so NaN sets it;
+ * i = sum_c z[r][c] * u[c][t] over 8 * octets channels and 4-bit codes [octets][64][4]. bound: bfloat16, behind the
+ * codes. next as in SCORES. */
+struct fkv_sift {
+    float step, base, norm;
+};
+#define FKV_DECL_SIFT(name)                                                                        \
+    void name(uint64_t *bits, const int8_t *z, ptrdiff_t z_stride, const struct fkv_sift *sift,    \
+              const float *limit, const uint8_t *codes, int octets, int rows, const void *next)
+/* sum_c y[c] * (16 * a[c] + b[c] - 127.5) of one token: octet i of a is at coarse + 256 i, of b at fine + 4 i. */
+#define FKV_DECL_REFINE(name)                                                                      \
+    float name(const float *y, const uint8_t *coarse, const uint8_t *fine, int octets)
+
 typedef FKV_DECL_SCORES((*fkv_scores_fn));
 typedef FKV_DECL_WEIGH((*fkv_weigh_fn));
 typedef FKV_DECL_SOFTMAX((*fkv_softmax_fn));
@@ -186,6 +214,9 @@ typedef FKV_DECL_CARRY((*fkv_carry_fn));
 typedef FKV_DECL_TURN((*fkv_turn_fn));
 typedef FKV_DECL_UNPACK((*fkv_unpack_fn));
 typedef FKV_DECL_OVER((*fkv_over_fn));
+typedef FKV_DECL_FOLD_INDEX((*fkv_fold_index_fn));
+typedef FKV_DECL_SIFT((*fkv_sift_fn));
+typedef FKV_DECL_REFINE((*fkv_refine_fn));
 
 /* Slots by storage type; contract, expand and accumulate exist for F32 and F16 (BF16 slots are filled
  * too, so that no slot is ever NULL). */
@@ -212,6 +243,9 @@ struct fkv_kernels {
     fkv_turn_fn turn[FKV_N_STORE];
     fkv_unpack_fn unpack;
     fkv_over_fn over;
+    fkv_fold_index_fn fold_index;
+    fkv_sift_fn sift;
+    fkv_refine_fn refine;
 };
 
 /* Fills every slot for a level (never BEST): the reference first, then overrides upwards. */
@@ -229,6 +263,9 @@ void fkv_kernels_init_avx2(struct fkv_kernels *k);
 #endif
 #ifdef FKV_HAVE_AVX512
 void fkv_kernels_init_avx512(struct fkv_kernels *k);
+/* Those that use AVX512_VNNI, which processors of that level may lack: same results. */
+void fkv_kernels_init_avx512_vnni(struct fkv_kernels *k);
+bool fkv_cpu_has_avx512_vnni(void);
 #endif
 
 #endif /* FKV_KERNELS_KERNELS_H */

@@ -142,18 +142,19 @@ FIELD(fkv_allocation_info, bits, 24, 8);
 FIELD(fkv_allocation_info, ratio, 32, 8);
 FIELD(fkv_allocation_info, tokens, 40, 8);
 
-SIZE(fkv_cache_params, 24);
+SIZE(fkv_cache_params, 32);
 FIELD(fkv_cache_params, struct_size, 0, 4);
 FIELD(fkv_cache_params, reserved, 4, 4);
 FIELD(fkv_cache_params, max_tokens, 8, 8);
 FIELD(fkv_cache_params, max_bytes, 16, 8);
+FIELD(fkv_cache_params, flags, 24, 8);
 
 SIZE(fkv_sequence_params, 16);
 FIELD(fkv_sequence_params, struct_size, 0, 4);
 FIELD(fkv_sequence_params, reserved, 4, 4);
 FIELD(fkv_sequence_params, period, 8, 8);
 
-SIZE(fkv_stats, 120);
+SIZE(fkv_stats, 128);
 FIELD(fkv_stats, struct_size, 0, 4);
 FIELD(fkv_stats, reserved, 4, 4);
 FIELD(fkv_stats, sequences, 8, 8);
@@ -170,6 +171,7 @@ FIELD(fkv_stats, ratio, 88, 8);
 FIELD(fkv_stats, bytes_shared, 96, 8);
 FIELD(fkv_stats, bytes_blocks, 104, 8);
 FIELD(fkv_stats, bytes_scales, 112, 8);
+FIELD(fkv_stats, bytes_index, 120, 8);
 
 SIZE(fkv_fidelity, 104);
 FIELD(fkv_fidelity, struct_size, 0, 4);
@@ -280,5 +282,6 @@ VALUE(FKV_TARGET_LOSS, 2);
 VALUE(FKV_MAX_TOP_K, 256);
 VALUE(FKV_MAX_SCOPE, 16777216);
 VALUE(FKV_CONTEXT_PROPAGATE_NONFINITE, 1u);
+VALUE(FKV_CACHE_KEY_INDEX, 1u);
 VALUE(FKV_ALL_SEQUENCES, -1);
 VALUE(FKV_ALL_LAYERS, -1);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* fkv_plan_select() and fkv_plan_selection(): arguments, states, failing allocations. */
+/* fkv_plan_select(), fkv_plan_selection(), FKV_CACHE_KEY_INDEX: arguments, states, bytes, failing allocations. */
 #include "fixture.h"
 
 #include <math.h>
@@ -40,11 +40,13 @@ static fkv_select_params small(void) {
     return p;
 }
 
-static struct setup *begin(fkv_domain domain) {
+/* bits 16: with an index */
+static struct setup *begin_with(fkv_domain domain, int bits) {
     struct setup *s = calloc(1, sizeof *s);
     fkv_context_params context;
     fkv_model_params model;
     fkv_codec_params codec;
+    fkv_cache_params cache;
     OK(fkv_context_params_init(&context, sizeof context));
     context.threads = 2;
     context.alloc = heap_alloc;
@@ -63,14 +65,20 @@ static struct setup *begin(fkv_domain domain) {
     model.inv_freq_count = DIM / 2;
     OK(fkv_codec_params_init(&codec, sizeof codec));
     codec.domain = domain;
-    OK(fkv_profile_create_uniform(s->ctx, &model, &codec, 4, &s->profile));
-    OK(fkv_cache_create(s->ctx, s->profile, NULL, &s->cache));
+    OK(fkv_profile_create_uniform(s->ctx, &model, &codec, bits, &s->profile));
+    OK(fkv_cache_params_init(&cache, sizeof cache));
+    cache.flags = bits == 16 ? FKV_CACHE_KEY_INDEX : 0;
+    OK(fkv_cache_create(s->ctx, s->profile, &cache, &s->cache));
     OK(fkv_plan_create(s->cache, &s->plan));
     OK(fkv_sequence_create(s->cache, NULL, &s->id));
     fixture_values(s->q, 0, MOST, HQ, DIM, 1, 0, 'q');
     fixture_values(s->k, 0, MOST, HK, DIM, 1, 0, 'k');
     fixture_values(s->v, 0, MOST, HK, DIM, 1, 0, 'v');
     return s;
+}
+
+static struct setup *begin(fkv_domain domain) {
+    return begin_with(domain, 4);
 }
 
 static void end(struct setup *s) {
@@ -188,9 +196,7 @@ static void states(void **state) {
 }
 
 /* Every allocation of an update and a step fails once: nothing has changed, and the next try succeeds. */
-static void failing(void **state) {
-    (void)state;
-    struct setup *s = begin(FKV_DOMAIN_UNROTATED);
+static void fail_each(struct setup *s) {
     fkv_select_params p = small();
     int64_t length, at = 0;
     OK(fkv_plan_select(s->plan, &p));
@@ -237,8 +243,77 @@ static void with_meter(void **state) {
     end(s);
 }
 
+static void failing(void **state) {
+    (void)state;
+    fail_each(begin(FKV_DOMAIN_UNROTATED));
+    fail_each(begin_with(FKV_DOMAIN_UNROTATED, 16));
+}
+
+/* ---- an index of keys */
+
+static void flags(void **state) {
+    (void)state;
+    struct setup *s = begin(FKV_DOMAIN_ROTATED), *unrotated = begin(FKV_DOMAIN_UNROTATED);
+    fkv_cache_params p;
+    fkv_cache *cache;
+    OK(fkv_cache_params_init(&p, sizeof p));
+    assert_int_equal(p.flags, 0);
+    p.flags = 2;
+    assert_int_equal(fkv_cache_create(s->ctx, s->profile, &p, &cache), FKV_ERR_UNSUPPORTED);
+    p.flags = FKV_CACHE_KEY_INDEX;
+    assert_int_equal(fkv_cache_create(s->ctx, s->profile, &p, &cache), FKV_ERR_UNSUPPORTED);
+    assert_null(cache);
+    p.struct_size = offsetof(fkv_cache_params, flags); /* of a program that does not know them */
+    OK(fkv_cache_create(s->ctx, s->profile, &p, &cache));
+    OK(fkv_cache_destroy(cache));
+    p.struct_size = sizeof p; /* keys are coded: no index, but nothing wrong */
+    OK(fkv_cache_create(unrotated->ctx, unrotated->profile, &p, &cache));
+    OK(fkv_cache_destroy(cache));
+    end(s);
+    end(unrotated);
+}
+
+static fkv_stats stats_of(struct setup *s, fkv_sequence id) {
+    fkv_stats stats = {.struct_size = sizeof stats};
+    OK(fkv_cache_stats(s->cache, id, &stats));
+    return stats;
+}
+
+/* The index is counted as it is allocated, shared by forks, and goes with its block. */
+static void index_bytes(void **state) {
+    (void)state;
+    struct setup *s = begin_with(FKV_DOMAIN_UNROTATED, 16);
+    fkv_sequence child;
+    fkv_stats estimate = {.struct_size = sizeof estimate};
+    OK(update(s, MOST));
+    OK(run(s, 0, MOST));
+    OK(fkv_profile_estimate(s->profile, MOST, 0, &estimate));
+    const fkv_stats one = stats_of(s, s->id), all = stats_of(s, FKV_ALL_SEQUENCES);
+    assert_int_equal(one.tokens_coded, 256); /* two blocks of 128 */
+    /* a byte for each element of K, and what the ranges take */
+    const uint64_t codes = 256 * HK * DIM;
+    assert_in_range(one.bytes_index, codes, codes + 256 * HK * 2 + 2 * HK * 256);
+    assert_int_equal(all.bytes_index, one.bytes_index);
+    assert_int_equal(all.bytes_blocks,
+                     estimate.bytes_blocks + all.bytes - estimate.bytes - all.bytes_index);
+    assert_in_range(all.bytes, estimate.bytes + one.bytes_index,
+                    estimate.bytes + one.bytes_index + 2 * 64);
+    OK(fkv_sequence_fork(s->cache, s->id, &child));
+    assert_int_equal(stats_of(s, child).bytes_index, one.bytes_index);
+    assert_int_equal(stats_of(s, FKV_ALL_SEQUENCES).bytes_index, one.bytes_index);
+    OK(fkv_sequence_crop(s->cache, s->id, 4 + 128));
+    assert_int_equal(stats_of(s, s->id).bytes_index, one.bytes_index / 2);
+    assert_int_equal(stats_of(s, FKV_ALL_SEQUENCES).bytes_index, one.bytes_index);
+    OK(fkv_sequence_free(s->cache, child));
+    assert_int_equal(stats_of(s, FKV_ALL_SEQUENCES).bytes_index, one.bytes_index / 2);
+    OK(fkv_sequence_crop(s->cache, s->id, 0));
+    assert_int_equal(stats_of(s, FKV_ALL_SEQUENCES).bytes_index, 0);
+    end(s);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(params), cmocka_unit_test(states),
-                                       cmocka_unit_test(failing), cmocka_unit_test(with_meter)};
+                                       cmocka_unit_test(failing), cmocka_unit_test(with_meter),
+                                       cmocka_unit_test(flags), cmocka_unit_test(index_bytes)};
     return cmocka_run_group_tests_name("selection", tests, NULL, NULL);
 }

@@ -40,6 +40,7 @@ struct setting {
     fkv_dtype storage;
     fkv_cpu_level level;
     bool whole; /* numbers */
+    bool indexed;
     int64_t tokens;
     fkv_select_params select;
 };
@@ -71,6 +72,7 @@ static struct setting draw(void) {
                         .storage = (fkv_dtype)random_int(&rng, 1, 3),
                         .level = FKV_CPU_BEST,
                         .whole = true,
+                        .indexed = random_chance(&rng, 0.5),
                         .tokens = random_int(&rng, 1, 900)};
     s.rope = (fkv_rope_layout)random_int(&rng, 0, 2);
     s.rope_dim = s.rope && random_chance(&rng, 0.3) ? s.dim / 2 : 0;
@@ -87,6 +89,7 @@ static struct setting draw(void) {
 static void open_world(struct world *w, const struct setting *set) {
     fkv_context_params params;
     fkv_codec_params codec;
+    fkv_cache_params cache;
     memset(w, 0, sizeof *w);
     w->set = *set;
     fkv_context_params_init(&params, sizeof params);
@@ -113,7 +116,9 @@ static void open_world(struct world *w, const struct setting *set) {
     codec.n_local = set->n_local;
     codec.domain = FKV_DOMAIN_UNROTATED;
     OK(fkv_profile_create_uniform(w->ctx, &w->model, &codec, set->bits, &w->profile));
-    OK(fkv_cache_create(w->ctx, w->profile, NULL, &w->cache));
+    fkv_cache_params_init(&cache, sizeof cache);
+    cache.flags = set->indexed ? FKV_CACHE_KEY_INDEX : 0;
+    OK(fkv_cache_create(w->ctx, w->profile, &cache, &w->cache));
     OK(fkv_plan_create(w->cache, &w->plan));
     OK(fkv_plan_select(w->plan, &set->select));
 }
@@ -416,14 +421,15 @@ static struct tokens tokens_of(const struct setting *set, uint64_t seed) {
 
 /* Steps that end at multiples of `cut`; with neighbours of other lengths, or alone. The last selection goes to
  * spans, -1 behind them. */
-static float *feed(const struct setting *set, int threads, int64_t cut, int neighbours,
-                   int64_t spans[2 * MAX_SPANS + 1]) {
+static float *feed(const struct setting *set, bool indexed, int threads, int64_t cut,
+                   int neighbours, int64_t spans[2 * MAX_SPANS + 1]) {
     struct setting own = *set;
     struct world w;
     fkv_sequence ids[4];
     struct tokens t[4];
     float *out[4];
     own.threads = threads;
+    own.indexed = indexed;
     open_world(&w, &own);
     const int n = neighbours + 1, mine = neighbours / 2;
     for (int i = 0; i < n; i++) {
@@ -469,14 +475,16 @@ static void same_bits(void **state) {
         const size_t bytes =
             (size_t)(set.tokens * set.kv_heads * set.group * set.dim) * sizeof(float);
         int64_t want[2 * MAX_SPANS + 1], spans[2 * MAX_SPANS + 1];
-        float *base = feed(&set, 1, chunk, 0, want);
+        float *base = feed(&set, false, 1, chunk, 0, want);
         const struct {
             int threads, neighbours;
             int64_t cut;
-        } others[] = {{2, 0, chunk}, {8, 0, chunk},     {1, 3, chunk},
-                      {3, 2, chunk}, {1, 0, 3 * chunk}, {2, 1, far}};
+            bool indexed;
+        } others[] = {{2, 0, chunk, false}, {8, 0, chunk, true},     {1, 3, chunk, true},
+                      {3, 2, chunk, false}, {1, 0, 3 * chunk, true}, {2, 1, far, true}};
         for (int j = 0; j < (exact ? 6 : 4); j++) {
-            float *out = feed(&set, others[j].threads, others[j].cut, others[j].neighbours, spans);
+            float *out = feed(&set, others[j].indexed, others[j].threads, others[j].cut,
+                              others[j].neighbours, spans);
             assert_memory_equal(base, out, bytes);
             for (int n = 0; n == 0 || want[n - 1] >= 0; n++)
                 assert_int_equal(want[n], spans[n]);

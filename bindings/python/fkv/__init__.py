@@ -46,6 +46,8 @@ __all__ = [
 
 #: Lets NaN and infinity pass: Context(flags=fkv.PROPAGATE_NONFINITE).
 PROPAGATE_NONFINITE = _lib.FKV_CONTEXT_PROPAGATE_NONFINITE
+#: An index of keys, for faster selection: Cache(context, profile, flags=fkv.KEY_INDEX).
+KEY_INDEX = _lib.FKV_CACHE_KEY_INDEX
 
 
 def version() -> str:

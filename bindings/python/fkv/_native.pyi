@@ -16,6 +16,7 @@ class _Lib:
     FKV_CONTEXT_PROPAGATE_NONFINITE: int
     FKV_ALL_SEQUENCES: int
     FKV_ALL_LAYERS: int
+    FKV_CACHE_KEY_INDEX: int
     FKV_OK: int
     FKV_ERR_INVALID: int
     FKV_ERR_HANDLE: int
@@ -441,9 +442,9 @@ class _Lib:
         """
         ...
     def fkv_profile_estimate(self, profile: Any, tokens: int, period: int, stats: Any) -> int:
-        """What fkv_cache_stats() will say of a cache with one sequence of `tokens` tokens and the
-        given period (0: the profile's) that was never cropped, without allocating. Errors:
-        HANDLE, INVALID, LIMIT. Since 0.1.
+        """What fkv_cache_stats() will say of a cache without flags and one sequence of `tokens`
+        tokens and the given period (0: the profile's) that was never cropped, without
+        allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1.
         """
         ...
     def fkv_batch_init(self, batch: Any, struct_size: int) -> int:

@@ -575,11 +575,14 @@ class CacheParams:
     _kinds: ClassVar[dict] = {
         'max_tokens': 'number',
         'max_bytes': 'number',
+        'flags': 'number',
     }
     max_tokens: Optional[int] = None
     """Tokens of one sequence. 0: the context's limit."""
     max_bytes: Optional[int] = None
     """Bytes of cached data. 0: the context's limit."""
+    flags: Optional[int] = None
+    """FKV_CACHE_ flags; unknown bits are UNSUPPORTED. Since 0.1."""
 
 
 @dataclasses.dataclass
@@ -619,6 +622,7 @@ class Stats:
         'bytes_shared': 'number',
         'bytes_blocks': 'number',
         'bytes_scales': 'number',
+        'bytes_index': 'number',
     }
     sequences: int
     """Sequences counted."""
@@ -650,6 +654,8 @@ class Stats:
     """Calibrated: residuals and exact channels of sealed blocks."""
     bytes_scales: int
     """Calibrated: scales and zero points of sealed blocks."""
+    bytes_index: int
+    """Indices of keys: FKV_CACHE_KEY_INDEX. Since 0.1."""
 
 
 @dataclasses.dataclass(frozen=True)

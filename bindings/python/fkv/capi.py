@@ -29,6 +29,7 @@ FKV_MAX_NDIM = 4
 FKV_CONTEXT_PROPAGATE_NONFINITE = 1
 FKV_ALL_SEQUENCES = -1
 FKV_ALL_LAYERS = -1
+FKV_CACHE_KEY_INDEX = 1
 
 FKV_OK = 0
 FKV_ERR_INVALID = -1
@@ -327,6 +328,7 @@ class fkv_cache_params(Structure):
         ('reserved', c_int32),
         ('max_tokens', c_uint64),
         ('max_bytes', c_uint64),
+        ('flags', c_uint64),
     ]
 
 
@@ -362,6 +364,7 @@ class fkv_stats(Structure):
         ('bytes_shared', c_uint64),
         ('bytes_blocks', c_uint64),
         ('bytes_scales', c_uint64),
+        ('bytes_index', c_uint64),
     ]
 
 

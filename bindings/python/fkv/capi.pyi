@@ -16,6 +16,7 @@ FKV_MAX_NDIM: int
 FKV_CONTEXT_PROPAGATE_NONFINITE: int
 FKV_ALL_SEQUENCES: int
 FKV_ALL_LAYERS: int
+FKV_CACHE_KEY_INDEX: int
 FKV_OK: int
 FKV_ERR_INVALID: int
 FKV_ERR_HANDLE: int
@@ -398,6 +399,8 @@ class fkv_cache_params(ctypes.Structure):
     """Tokens of one sequence. 0: the context's limit."""
     max_bytes: int
     """Bytes of cached data. 0: the context's limit."""
+    flags: int
+    """FKV_CACHE_ flags; unknown bits are UNSUPPORTED. Since 0.1."""
 
 
 class fkv_sequence_params(ctypes.Structure):
@@ -453,6 +456,8 @@ class fkv_stats(ctypes.Structure):
     """Calibrated: residuals and exact channels of sealed blocks."""
     bytes_scales: int
     """Calibrated: scales and zero points of sealed blocks."""
+    bytes_index: int
+    """Indices of keys: FKV_CACHE_KEY_INDEX. Since 0.1."""
 
 
 class fkv_fidelity(ctypes.Structure):
@@ -927,9 +932,9 @@ class Library(ctypes.CDLL):
         """
         ...
     def fkv_profile_estimate(self, profile: Any, tokens: int, period: int, stats: Any) -> int:
-        """What fkv_cache_stats() will say of a cache with one sequence of `tokens` tokens and the
-        given period (0: the profile's) that was never cropped, without allocating. Errors:
-        HANDLE, INVALID, LIMIT. Since 0.1.
+        """What fkv_cache_stats() will say of a cache without flags and one sequence of `tokens`
+        tokens and the given period (0: the profile's) that was never cropped, without
+        allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1.
         """
         ...
     def fkv_batch_init(self, batch: Any, struct_size: int) -> int:

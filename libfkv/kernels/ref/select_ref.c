@@ -4,6 +4,9 @@
 #include "kernels/kernels.h"
 #include "kernels/packed.h"
 
+#include <math.h>
+#include <string.h>
+
 static float from_f32(float x) {
     return x;
 }
@@ -47,10 +50,66 @@ static FKV_DECL_OVER(over_ref) {
     }
 }
 
+static FKV_DECL_FOLD_INDEX(fold_index_ref) {
+    for (int r = 0; r < rows; r++, y += stride, z += stride, q += stride) {
+        struct fkv_folded s = {0.0f, 0.0f, 0};
+        memset(y, 0, (size_t)((channels + 15) / 16 * 16) * sizeof *y);
+        memset(z, 0, (size_t)((channels + 15) / 16 * 16));
+        for (int c = 0; c < channels; c++) {
+            y[c] = q[c] * fkv_bf16_to_f32(scale[c]);
+            s.centre += q[c] * fkv_bf16_to_f32(centre[c]);
+            if (fabsf(y[c]) > s.step)
+                s.step = fabsf(y[c]);
+        }
+        s.step /= 127.0f;
+        const float inverse = s.step > 0x1p-120f ? 1.0f / s.step : 0.0f;
+        for (int c = 0; c < channels; c++) {
+            const float code = y[c] * inverse;
+            z[c] = (int8_t)lrintf(fabsf(code) <= 127.5f ? code : 0.0f);
+            s.z += z[c];
+        }
+        sums[r] = s;
+    }
+}
+
+static int nibble(const uint8_t *octet, int i) {
+    return octet[i % 4] >> (i / 4 * 4) & 15;
+}
+
+static FKV_DECL_SIFT(sift_ref) {
+    const uint8_t *bounds = codes + 256 * (size_t)octets;
+    (void)next;
+    for (int r = 0; r < rows; r++) {
+        bits[r] = 0;
+        for (int t = 0; t < 64; t++) {
+            int32_t sum = 0;
+            uint16_t bound;
+            memcpy(&bound, bounds + 2 * t, sizeof bound);
+            for (int c = 0; c < 8 * octets; c++)
+                sum += z[r * z_stride + c] * nibble(codes + c / 8 * 256 + 4 * t, c % 8);
+            const float add = fmaf(sift[r].norm, fkv_bf16_to_f32(bound), sift[r].base);
+            const bool under = fmaf(sift[r].step, (float)sum, add) < limit[r];
+            bits[r] |= (uint64_t)!under << t;
+        }
+    }
+}
+
+static FKV_DECL_REFINE(refine_ref) {
+    float sum = 0.0f;
+    for (int c = 0; c < 8 * octets; c++) {
+        const int code = 16 * nibble(coarse + c / 8 * 256, c % 8) + nibble(fine + c / 8 * 4, c % 8);
+        sum += y[c] * ((float)code - 127.5f);
+    }
+    return sum;
+}
+
 void fkv_select_init_ref(struct fkv_kernels *k) {
     k->turn[FKV_STORE_F32] = turn_f32;
     k->turn[FKV_STORE_F16] = turn_f16;
     k->turn[FKV_STORE_BF16] = turn_bf16;
     k->unpack = unpack_ref;
     k->over = over_ref;
+    k->fold_index = fold_index_ref;
+    k->sift = sift_ref;
+    k->refine = refine_ref;
 }

@@ -197,6 +197,76 @@ static FKV_DECL_OVER(FKV_NAME(over)) {
     }
 }
 
+static inline vi FKV_NAME(sift_dot)(vi s, vi u, vi z) {
+    return vi_dot_words(s, u, z);
+}
+#define SIFT(name) FKV_NAME(name)
+#define SIFT_TARGET
+#define SIFT_ROWS MAX_ROWS
+#define SIFT_VECTORS 2
+#define SIFT_DOT 0
+#include "simd_sift.h"
+
+static FKV_DECL_FOLD_INDEX(FKV_NAME(fold_index)) {
+    const int padded = (channels + 15) / 16 * 16;
+    float scales[FKV_MAX_HEAD_DIM], centres[FKV_MAX_HEAD_DIM];
+    for (int c = 0; c < padded; c += VL) {
+        const int n = channels - c < VL ? channels - c : VL;
+        v_store(scales + c, n > 0 ? v_first(v_load_bf16(scale + c), n, v_zero()) : v_zero());
+        v_store(centres + c, n > 0 ? v_first(v_load_bf16(centre + c), n, v_zero()) : v_zero());
+    }
+    for (int r = 0; r < rows; r++, y += stride, z += stride, q += stride) {
+        vf most = v_zero(), sum = v_zero();
+        vi total = vi_set1(0);
+        for (int c = 0; c < padded; c += VL) {
+            const int n = channels - c < VL ? channels - c : VL;
+            const vf x = n == VL ? v_load(q + c)
+                         : n > 0 ? v_first(v_load(q + c), n, v_zero())
+                                 : v_zero();
+            const vf product = v_mul(x, v_load(scales + c));
+            sum = v_fma(x, v_load(centres + c), sum);
+            most = v_max(most, v_abs(product));
+            v_store(y + c, product);
+        }
+        const float step = v_hmax(most) / 127.0f;
+        const vf inverse = v_set1(step > 0x1p-120f ? 1.0f / step : 0.0f);
+        for (int c = 0; c < padded; c += VL) {
+            const vi code = v_to_int(v_mul(v_load(y + c), inverse));
+            total = vi_add(total, code);
+            vi_save_signed_bytes(z + c, code);
+        }
+        sums[r] = (struct fkv_folded){step, v_hsum(sum), (int32_t)v_hsum(v_from_int(total))};
+    }
+}
+
+/* The 8 codes of an octet, one in a byte. */
+static inline uint64_t octet(const uint8_t *p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof x);
+    return (x & UINT32_C(0x0f0f0f0f)) | (uint64_t)(x >> 4 & UINT32_C(0x0f0f0f0f)) << 32;
+}
+static inline __m256 refine_octet(const float *y, const uint8_t *coarse, const uint8_t *fine,
+                                  __m256 sum) {
+    const __m128i code = _mm_cvtsi64_si128((long long)(octet(coarse) << 4 | octet(fine)));
+    const __m256 u = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(code));
+    return _mm256_fmadd_ps(_mm256_loadu_ps(y), _mm256_sub_ps(u, _mm256_set1_ps(127.5f)), sum);
+}
+
+static FKV_DECL_REFINE(FKV_NAME(refine)) {
+    __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+    int o = 0;
+    for (; o + 2 <= octets; o += 2, y += 16, coarse += 512, fine += 8) {
+        even = refine_octet(y, coarse, fine, even);
+        odd = refine_octet(y + 8, coarse + 256, fine + 4, odd);
+    }
+    if (o < octets)
+        even = refine_octet(y, coarse, fine, even);
+    even = _mm256_add_ps(even, odd);
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(even), _mm256_extractf128_ps(even, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
 #define SLOTS(name)                                                                                \
     { FKV_PASTE(name, f32), FKV_PASTE(name, f16), FKV_PASTE(name, bf16) }
 
@@ -225,5 +295,8 @@ void FKV_NAME(fkv_kernels_init)(struct fkv_kernels *k) {
         .turn = SLOTS(turn),
         .unpack = FKV_NAME(unpack),
         .over = FKV_NAME(over),
+        .fold_index = FKV_NAME(fold_index),
+        .sift = FKV_NAME(sift),
+        .refine = FKV_NAME(refine),
     };
 }

@@ -131,6 +131,9 @@ static inline vi vi_srl(vi x, int n) {
 static inline vi vi_sll(vi x, int n) {
     return _mm256_sll_epi32(x, _mm_cvtsi32_si128(n));
 }
+static inline vi vi_add(vi a, vi b) {
+    return _mm256_add_epi32(a, b);
+}
 static inline vi vi_or(vi a, vi b) {
     return _mm256_or_si256(a, b);
 }
@@ -228,4 +231,37 @@ static inline vf v_gather(const float *row, const int *list) {
 /* bit i: x > limit in lane i; not if either is NaN */
 static inline uint64_t v_over(vf x, vf limit) {
     return (uint64_t)_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ));
+}
+/* bit i: not x < limit in lane i; so if either is NaN */
+static inline uint64_t v_not_under(vf x, vf limit) {
+    return (uint64_t)_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ));
+}
+static inline vf v_abs(vf x) {
+    return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+}
+/* VL bytes, each lane clamped to -128..127 */
+static inline void vi_save_signed_bytes(int8_t *p, vi x) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(words, words));
+}
+
+/* ---- bytes: 4 in a lane */
+
+static inline vi vi_load(const uint8_t *p) {
+    return _mm256_loadu_si256((const __m256i *)(const void *)p);
+}
+/* 4-bit codes of the lower and upper halves of bytes */
+static inline vi vi_lower(vi x) {
+    return _mm256_and_si256(x, _mm256_set1_epi8(15));
+}
+static inline vi vi_upper(vi x) {
+    return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15));
+}
+/* s + the sums of neighbouring products of unsigned and signed bytes, in words */
+static inline vi vi_dot_words(vi s, vi u, vi z) {
+    return _mm256_add_epi16(s, _mm256_maddubs_epi16(u, z));
+}
+/* s + the sums of neighbouring words, in lanes */
+static inline vi vi_add_words(vi s, vi x) {
+    return _mm256_add_epi32(s, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
 }

@@ -122,6 +122,9 @@ static inline vi vi_srl(vi x, int n) {
 static inline vi vi_sll(vi x, int n) {
     return _mm512_sll_epi32(x, _mm_cvtsi32_si128(n));
 }
+static inline vi vi_add(vi a, vi b) {
+    return _mm512_add_epi32(a, b);
+}
 static inline vi vi_or(vi a, vi b) {
     return _mm512_or_si512(a, b);
 }
@@ -206,4 +209,36 @@ static inline vf v_gather(const float *row, const int *list) {
 /* bit i: x > limit in lane i; not if either is NaN */
 static inline uint64_t v_over(vf x, vf limit) {
     return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ);
+}
+/* bit i: not x < limit in lane i; so if either is NaN */
+static inline uint64_t v_not_under(vf x, vf limit) {
+    return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ);
+}
+static inline vf v_abs(vf x) {
+    return _mm512_abs_ps(x);
+}
+/* VL bytes, each lane clamped to -128..127 */
+static inline void vi_save_signed_bytes(int8_t *p, vi x) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtsepi32_epi8(x));
+}
+
+/* ---- bytes: 4 in a lane */
+
+static inline vi vi_load(const uint8_t *p) {
+    return _mm512_loadu_si512(p);
+}
+/* 4-bit codes of the lower and upper halves of bytes */
+static inline vi vi_lower(vi x) {
+    return _mm512_and_si512(x, _mm512_set1_epi8(15));
+}
+static inline vi vi_upper(vi x) {
+    return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15));
+}
+/* s + the sums of neighbouring products of unsigned and signed bytes, in words */
+static inline vi vi_dot_words(vi s, vi u, vi z) {
+    return _mm512_add_epi16(s, _mm512_maddubs_epi16(u, z));
+}
+/* s + the sums of neighbouring words, in lanes */
+static inline vi vi_add_words(vi s, vi x) {
+    return _mm512_add_epi32(s, _mm512_madd_epi16(x, _mm512_set1_epi16(1)));
 }

@@ -8,10 +8,10 @@ import pytest
 SMALL = dict(n_global=4, n_local=16, span=4, top_k=2, clip=3, chunk=8)
 
 
-def unrotated(context, model, bits=16, **more):
+def unrotated(context, model, bits=16, flags=0, **more):
     codec = fkv.CodecParams(storage_dtype='f32', group=64, block=64, n_sink=4, n_local=16,
                             domain='unrotated', **more)
-    return fkv.Cache(context, fkv.Profile.uniform(context, model, bits, codec))
+    return fkv.Cache(context, fkv.Profile.uniform(context, model, bits, codec), flags=flags)
 
 
 @pytest.fixture
@@ -107,3 +107,28 @@ def test_selection_of_no_such_sequence(filled, random):
     for index in (-1, 1):
         with pytest.raises(fkv.InvalidError):
             plan.selection(index)
+
+
+def test_an_index_of_keys_changes_bytes_but_no_result(context, model, random):
+    q, k, v = oracle.tokens(random, 500)
+    results = []
+    for flags in 0, fkv.KEY_INDEX:
+        cache = unrotated(context, model, flags=flags)
+        sequence, plan = cache.sequence(), cache.plan()
+        plan.select(**SMALL)
+        plan.update([sequence], 500)
+        outs = [plan.append_attend(layer, q, k, v) for layer in range(oracle.LAYERS)]
+        results.append((outs, plan.selection()[1], cache.stats()))
+    (outs, spans, stats), (outs_indexed, spans_indexed, stats_indexed) = results
+    assert all((a == b).all() for a, b in zip(outs, outs_indexed))
+    assert len(spans) and (spans == spans_indexed).all()
+    assert stats.bytes_index == 0
+    assert stats_indexed.bytes - stats.bytes == pytest.approx(stats_indexed.bytes_index, rel=0.1)
+
+
+def test_an_index_needs_unrotated_keys(context, model):
+    for profile in fkv.Profile.exact(context, model), fkv.Profile.uniform(context, model, 16):
+        with pytest.raises(fkv.UnsupportedError, match='index'):
+            fkv.Cache(context, profile, flags=fkv.KEY_INDEX)
+    with pytest.raises(fkv.UnsupportedError, match='flags'):
+        fkv.Cache(context, fkv.Profile.exact(context, model), flags=2)

@@ -12,6 +12,7 @@ pub const FKV_MAX_NDIM: u32 = 4;
 pub const FKV_CONTEXT_PROPAGATE_NONFINITE: u32 = 1;
 pub const FKV_ALL_SEQUENCES: i32 = -1;
 pub const FKV_ALL_LAYERS: i32 = -1;
+pub const FKV_CACHE_KEY_INDEX: u32 = 1;
 pub type __uint8_t = std::os::raw::c_uchar;
 pub type __int32_t = std::os::raw::c_int;
 pub type __uint32_t = std::os::raw::c_uint;
@@ -2954,12 +2955,14 @@ pub struct fkv_cache_params {
     pub max_tokens: u64,
     #[doc = " Bytes of cached data. 0: the context's limit."]
     pub max_bytes: u64,
+    #[doc = " FKV_CACHE_ flags; unknown bits are UNSUPPORTED. Since 0.1."]
+    pub flags: u64,
 }
 #[test]
 fn bindgen_test_layout_fkv_cache_params() {
     assert_eq!(
         ::core::mem::size_of::<fkv_cache_params>(),
-        24usize,
+        32usize,
         concat!("Size of: ", stringify!(fkv_cache_params))
     );
     assert_eq!(
@@ -3035,6 +3038,23 @@ fn bindgen_test_layout_fkv_cache_params() {
         );
     }
     test_field_max_bytes();
+    fn test_field_flags() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_cache_params>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).flags) as usize - ptr as usize
+            },
+            24usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_cache_params),
+                "::",
+                stringify!(flags)
+            )
+        );
+    }
+    test_field_flags();
 }
 #[doc = " How a sequence is made. Since 0.1."]
 #[repr(C)]
@@ -3151,12 +3171,14 @@ pub struct fkv_stats {
     pub bytes_blocks: u64,
     #[doc = " Calibrated: scales and zero points of sealed blocks."]
     pub bytes_scales: u64,
+    #[doc = " Indices of keys: FKV_CACHE_KEY_INDEX. Since 0.1."]
+    pub bytes_index: u64,
 }
 #[test]
 fn bindgen_test_layout_fkv_stats() {
     assert_eq!(
         ::core::mem::size_of::<fkv_stats>(),
-        120usize,
+        128usize,
         concat!("Size of: ", stringify!(fkv_stats))
     );
     assert_eq!(
@@ -3436,6 +3458,23 @@ fn bindgen_test_layout_fkv_stats() {
         );
     }
     test_field_bytes_scales();
+    fn test_field_bytes_index() {
+        assert_eq!(
+            unsafe {
+                let uninit = ::core::mem::MaybeUninit::<fkv_stats>::uninit();
+                let ptr = uninit.as_ptr();
+                ::core::ptr::addr_of!((*ptr).bytes_index) as usize - ptr as usize
+            },
+            120usize,
+            concat!(
+                "Offset of field: ",
+                stringify!(fkv_stats),
+                "::",
+                stringify!(bytes_index)
+            )
+        );
+    }
+    test_field_bytes_index();
 }
 #[doc = " What coding has cost attention, measured on the tokens and queries of this very cache: fkv_cache_meter()"]
 #[doc = " chooses blocks, each is measured when it is sealed, while its exact tokens are still there, with the queries"]
@@ -3873,8 +3912,8 @@ extern "C" {
     ) -> fkv_status;
 }
 extern "C" {
-    #[doc = " What fkv_cache_stats() will say of a cache with one sequence of `tokens` tokens and the given period"]
-    #[doc = " (0: the profile's) that was never cropped, without allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1."]
+    #[doc = " What fkv_cache_stats() will say of a cache without flags and one sequence of `tokens` tokens and the given"]
+    #[doc = " period (0: the profile's) that was never cropped, without allocating. Errors: HANDLE, INVALID, LIMIT. Since 0.1."]
     pub fn fkv_profile_estimate(
         profile: *mut fkv_profile,
         tokens: i64,

@@ -110,12 +110,12 @@ fn facts() -> Facts {
         fkv_allocation_info {
             struct_size reserved predicted_loss carrier_loss bits ratio tokens
         }
-        fkv_cache_params { struct_size reserved max_tokens max_bytes }
+        fkv_cache_params { struct_size reserved max_tokens max_bytes flags }
         fkv_sequence_params { struct_size reserved period }
         fkv_stats {
             struct_size reserved sequences tokens tokens_exact tokens_coded bytes bytes_exact bytes_kept
             bytes_coefficients bytes_tables dense_bytes ratio
-            bytes_shared bytes_blocks bytes_scales
+            bytes_shared bytes_blocks bytes_scales bytes_index
         }
         fkv_fidelity {
             struct_size reserved fraction blocks blocks_missed samples block_error block_error_max lse_bias
@@ -135,7 +135,7 @@ fn facts() -> Facts {
     constants! { facts,
         FKV_VERSION_MAJOR FKV_VERSION_MINOR FKV_VERSION_PATCH FKV_ABI_VERSION FKV_MAX_HEAD_DIM
         FKV_MAX_SINK FKV_MAX_NDIM FKV_MAX_TOP_K FKV_MAX_SCOPE FKV_CONTEXT_PROPAGATE_NONFINITE
-        FKV_ALL_SEQUENCES FKV_ALL_LAYERS FKV_OK
+        FKV_CACHE_KEY_INDEX FKV_ALL_SEQUENCES FKV_ALL_LAYERS FKV_OK
         FKV_ERR_INVALID FKV_ERR_HANDLE FKV_ERR_STATE FKV_ERR_NOMEM FKV_ERR_LIMIT FKV_ERR_NONFINITE
         FKV_ERR_IO FKV_ERR_FORMAT FKV_ERR_CHECKSUM FKV_ERR_VERSION FKV_ERR_MISMATCH
         FKV_ERR_UNSUPPORTED FKV_ERR_DEVICE FKV_ERR_BUSY FKV_ERR_BUFFER FKV_DTYPE_NONE FKV_DTYPE_F32

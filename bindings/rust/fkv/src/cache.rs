@@ -13,7 +13,12 @@ pub struct CacheParams {
     pub max_tokens: u64,
     /// Bytes of cached data. 0: the context's limit.
     pub max_bytes: u64,
+    /// Holds an index beside the keys of each sealed block, so that selection finds what it would find
+    /// without, faster. For calibrated profiles that hold keys unrotated.
+    pub key_index: bool,
 }
+
+const KEY_INDEX: u64 = sys::FKV_CACHE_KEY_INDEX as u64;
 
 impl Default for CacheParams {
     fn default() -> Self {
@@ -22,6 +27,7 @@ impl Default for CacheParams {
         CacheParams {
             max_tokens: raw.max_tokens,
             max_bytes: raw.max_bytes,
+            key_index: raw.flags & KEY_INDEX != 0,
         }
     }
 }
@@ -77,6 +83,8 @@ pub struct Stats {
     pub bytes_blocks: u64,
     /// Calibrated: scales and zero points of sealed blocks.
     pub bytes_scales: u64,
+    /// Indices of keys: [`CacheParams::key_index`].
+    pub bytes_index: u64,
 }
 
 impl Stats {
@@ -96,6 +104,7 @@ impl Stats {
             bytes_shared: raw.bytes_shared,
             bytes_blocks: raw.bytes_blocks,
             bytes_scales: raw.bytes_scales,
+            bytes_index: raw.bytes_index,
         }
     }
 }
@@ -174,6 +183,7 @@ impl Cache {
         let mut raw_params = unsafe { sys::fkv_cache_params::defaults(sys::fkv_cache_params_init) };
         raw_params.max_tokens = params.max_tokens;
         raw_params.max_bytes = params.max_bytes;
+        raw_params.flags = if params.key_index { KEY_INDEX } else { 0 };
         // SAFETY: living handles; the struct lives through the call. The library keeps the profile.
         let raw = context.create(|out| unsafe {
             sys::fkv_cache_create(context.as_raw(), profile.as_raw(), &raw_params, out)

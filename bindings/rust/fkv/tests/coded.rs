@@ -148,6 +148,31 @@ fn selection_sees_a_finite_view() {
 }
 
 #[test]
+fn an_index_of_keys_is_counted() {
+    let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
+    let exact = Channel::Exact;
+    let unrotated = Profile::uniform(&context, &model, &codec(Domain::Unrotated), exact).unwrap();
+    let rotated = Profile::uniform(&context, &model, &codec(Domain::Rotated), exact).unwrap();
+    let mut params = CacheParams::default();
+    assert!(!params.key_index);
+    params.key_index = true;
+    let error = Cache::with_params(&context, &rotated, &params).unwrap_err();
+    assert_eq!(error.status(), Status::Unsupported);
+    let mut cache = Cache::with_params(&context, &unrotated, &params).unwrap();
+    let sequence = cache.create_sequence().unwrap();
+    let mut plan = Plan::new(&cache).unwrap();
+    let numbers = Numbers::new(6).take(TOKENS * D);
+    let mut batch = Batch::new();
+    batch.push(&sequence, TOKENS);
+    plan.update(&cache, &batch).unwrap();
+    let kv = TensorRef::new(&numbers, &[TOKENS, 1, D]).unwrap();
+    plan.append(&mut cache, 0, &kv, &kv).unwrap();
+    let stats = cache.stats().unwrap();
+    assert!(stats.tokens_coded > 0);
+    assert!(stats.bytes_index >= stats.tokens_coded * D as u64);
+}
+
+#[test]
 fn rotated_keys_cannot_be_selected() {
     let (context, model) = (context(), ModelParams::new(1, 1, 1, D));
     let profile = Profile::exact(&context, &model, Dtype::F32).unwrap();
