@@ -312,8 +312,8 @@ static void index_bytes(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(params), cmocka_unit_test(states),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(params),  cmocka_unit_test(states),
                                        cmocka_unit_test(failing), cmocka_unit_test(with_meter),
-                                       cmocka_unit_test(flags), cmocka_unit_test(index_bytes)};
+                                       cmocka_unit_test(flags),   cmocka_unit_test(index_bytes)};
     return cmocka_run_group_tests_name("selection", tests, NULL, NULL);
 }
