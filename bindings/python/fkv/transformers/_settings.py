@@ -32,13 +32,13 @@ class Settings:
             raise TypeError(f'the model computes in {geometry.dtype}; float32, float16 or bfloat16 are possible')
         self.geometry, self.prefill, self.threads = geometry, prefill, threads
         self.select = _select_params(longcache)
-        self.context = context
+        self.context, self.asked = context, profile
         self.profile = self._resolve(profile)
         self._no_rope: dict[Any, tuple] = {}
 
     def other(self, profile: Any, longcache: Any) -> 'Settings':
         """The same with another profile or selection."""
-        return Settings(self.geometry, self.profile if profile is None else profile,
+        return Settings(self.geometry, self.asked if profile is None else profile,
                         self.select if longcache is None else longcache, self.context, self.threads,
                         self.prefill)
 
