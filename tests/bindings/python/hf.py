@@ -36,7 +36,8 @@ def mixed(**more):
 
 def needle(dtype=torch.float32):
     model = transformers.AutoModelForCausalLM.from_pretrained(NEEDLE, dtype=dtype).eval()
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = 319  # never said; 5.0 cannot draft without one
+    model.generation_config.pad_token_id = 0
     return model
 
 

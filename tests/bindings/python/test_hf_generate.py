@@ -84,7 +84,17 @@ def test_sampling_with_beams(model):
 
 @pytest.mark.parametrize('chunk', [16, 33])
 def test_chunked_prefill(model, chunk):
-    check(model, **hf.padded(RAGGED), max_new_tokens=20, do_sample=False, prefill_chunk_size=chunk)
+    from transformers import DynamicCache
+    arguments = dict(**hf.padded(RAGGED), max_new_tokens=20, do_sample=False, prefill_chunk_size=chunk)
+    # 5.0 chunks prompts only for caches that it is given.
+    expected = model.generate(**arguments, **{hf.cache_name(): DynamicCache(config=model.config)})
+    fkv.transformers.enable(model)
+    try:
+        cache = fkv.transformers.FkvCache(model)
+        got = model.generate(**arguments, **{hf.cache_name(): cache})
+    finally:
+        fkv.transformers.disable(model)
+    assert torch.equal(got, expected) and cache.get_seq_length() == max(RAGGED) + 19
 
 
 def test_drafts_from_the_prompt(model):

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ._cache import FkvCache, FkvLayer
 from ._geometry import rotate
+from ._store import all_of
 
 NAME = 'fkv'
 _running = threading.local()  # .cache: the FkvCache of the forward pass that this thread is in, or None
@@ -69,7 +70,7 @@ def mask(**kwargs):
     if cache is None or kwargs.get('mask_function', causal_mask_function) is not causal_mask_function:
         return sdpa_mask(**kwargs)
     padding = kwargs.get('attention_mask')
-    if padding is None or (padding.shape[-1] == kwargs['kv_length'] and bool(padding.all())):
+    if padding is None or (padding.shape[-1] == kwargs['kv_length'] and all_of(padding)):
         return None
     return padding
 

@@ -16,6 +16,11 @@ from ..cache import Cache, Plan, Sequence
 from ..errors import StateError
 
 
+def all_of(mask) -> bool:
+    """Whether a mask has no 0. torch would start threads for a long one."""
+    return bool(mask.numpy().all() if mask.device.type == 'cpu' else mask.all())
+
+
 @dataclasses.dataclass
 class Step:
     """One forward pass."""
@@ -54,7 +59,7 @@ class Store:
         self._check_mask(batch, tokens, mask)
         step = Step(tokens, self.columns, list(self.lengths), self.padding, left=self.layers)
         new = None if mask is None else mask[:, -tokens:]
-        if new is not None and bool(new.all()):
+        if new is not None and all_of(new):
             new = None
         lengths = self.lengths or [0] * batch
         counts: Any = tokens
@@ -80,7 +85,7 @@ class Store:
             raise ValueError(f'attention_mask has shape {tuple(mask.shape)}; the cache and the new tokens need '
                              f'{(batch, self.columns + tokens)}')
         old = mask[:, :self.columns]
-        same = bool(old.all()) if self.padding is None else torch.equal(old, self.padding)
+        same = all_of(old) if self.padding is None else torch.equal(old, self.padding)
         if not same:
             raise ValueError('attention_mask differs from that of earlier steps: what a cache of libfkv holds '
                              'cannot be hidden from single tokens')
