@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .._types import Stats
@@ -12,7 +13,7 @@ from ..errors import Error
 from ._settings import Settings
 from ._store import Store
 
-#: Whether crop() takes the number of tokens to remove (since 5.12 or so), or the length to leave.
+#: Whether crop() is told how many tokens to remove (5.24), or the length to leave (5.0).
 CROP_REMOVES = 'tokens_to_remove' in inspect.signature(Cache.crop).parameters
 
 
@@ -128,15 +129,13 @@ class FkvCache(Cache):
         Raises StateError if what remains would end among coded tokens: the last n_local can always go.
         """
         columns = self.store.columns
-        if tokens > 0 or (tokens == 0 and not CROP_REMOVES):
-            removed = max(columns - tokens, 0)
-        else:
-            removed = -tokens
-        self.store.crop(max(columns - removed, 0))
+        leave = tokens if tokens > 0 or (tokens == 0 and not CROP_REMOVES) else columns + tokens
+        leave = min(max(leave, 0), columns)
+        lengths = self.store.lengths_at(leave)  # may refuse, and nothing has changed
         for layer in self.own_layers:
-            # Of layers of before 5.12, 0 would remove all.
-            if removed or CROP_REMOVES:
-                layer.crop(-removed)
+            if leave < columns or CROP_REMOVES:
+                layer.crop(leave - columns)
+        self.store.crop(leave, lengths)
 
     def reorder_cache(self, beam_idx) -> None:
         self.store.choose(beam_idx.tolist())
@@ -150,8 +149,7 @@ class FkvCache(Cache):
 
     def batch_select_indices(self, indices) -> None:
         rows = range(len(self.store.rows))
-        chosen = indices.nonzero()[:, 0] if indices.dtype.is_complex is False and str(
-            indices.dtype) == 'torch.bool' else indices
+        chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self.store.choose([rows[i] for i in chosen.tolist()])
         for layer in self.own_layers:
             layer.batch_select_indices(indices)

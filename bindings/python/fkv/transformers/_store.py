@@ -110,11 +110,12 @@ class Store:
 
     def undo(self) -> None:
         """Takes back a step that not all layers have had, for instance because of an error in the model."""
-        step, self.step = self.step, None
+        step = self.step
         if step is None:
             return
         for row, length in zip(self.rows, step.lengths or [0] * len(self.rows)):
-            row.crop(length)
+            row.crop(length)  # as far as nothing was coded: else this cache can only be reset
+        self.step = None
         self.columns, self.lengths, self.padding = step.columns, step.lengths, step.padding
         if not step.lengths:
             self.rows = []
@@ -181,22 +182,25 @@ class Store:
         if self.padding is not None:
             self.padding = self.padding[torch.tensor(indices, device=self.padding.device)]
 
-    def crop(self, columns: int) -> None:
-        """Drops the newest columns so that `columns` are left."""
+    def lengths_at(self, columns: int) -> list[int]:
+        """Tokens of the rows when `columns` are left; refused if a row cannot be cropped to that."""
         if self.step is not None:
             self.undo()
-        gone = self.columns - columns
-        if gone <= 0 or not self.rows:
-            return
+        if columns >= self.columns:
+            return list(self.lengths)
         if self.padding is None:
-            lengths = [length - gone for length in self.lengths]
+            lengths = [length - (self.columns - columns) for length in self.lengths]
         else:
             counts = self.padding[:, columns:].sum(1).tolist()
             lengths = [length - count for length, count in zip(self.lengths, counts)]
-        for row, length in zip(self.rows, lengths):  # all or nothing
+        for row, length in zip(self.rows, lengths):
             if row.crop_floor(length) != length:
                 raise StateError(f'the cache cannot be cropped to {columns} tokens: those from {length} on are '
                                  f'coded already. From {row.crop_limit} tokens on any length is possible')
+        return lengths
+
+    def crop(self, columns: int, lengths: list[int]) -> None:
+        """Drops the newest columns so that `columns` are left, which are `lengths` tokens of the rows."""
         for row, length in zip(self.rows, lengths):
             row.crop(length)
         self.columns, self.lengths = columns, lengths
