@@ -94,6 +94,27 @@ def test_enable_and_disable():
     assert 'fkv' in transformers.AttentionMaskInterface().valid_keys()
 
 
+def test_copy_of_an_enabled_model():
+    """A copy is a model of the framework's until it is enabled, too."""
+    model = enable(hf.small(), prefill='framework')
+    arguments = dict(input_ids=hf.prompt(20, 2), max_new_tokens=20, do_sample=False)
+    expected = model.generate(**arguments)
+    twin = copy.deepcopy(model)
+    del model
+    assert not enabled(twin) and torch.equal(twin.generate(**arguments), expected)
+    enable(twin, prefill='framework')
+    assert torch.equal(twin.generate(**arguments), expected)
+    out = twin.generate(**arguments, return_dict_in_generate=True)
+    assert isinstance(out[hf.cache_name()], FkvCache)
+
+
+def test_enabling_again_in_vain_leaves_all_as_it_was():
+    model = enable(hf.small(), longcache=dict(n_local=64, chunk=32))
+    with pytest.raises(fkv.FileError):
+        enable(model, '/nowhere.json')
+    assert enabled(model) and FkvCache(model).store.select is not None
+
+
 def test_cache_of_a_model_that_is_not_enabled():
     model = hf.small()
     with pytest.raises(ValueError, match='enable'):

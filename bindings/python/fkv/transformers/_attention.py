@@ -53,8 +53,8 @@ def after_model(module, args, output) -> None:
 def before_attention(module, args, kwargs):
     """Takes RoPE out of what libfkv will get, and sends the cache along to the attention function."""
     cache = _given_cache(kwargs)
-    if cache is None or type(cache.layers[module.layer_idx]) is not FkvLayer:
-        return None
+    if cache is None or type(cache.layers[module.layer_idx]) is not FkvLayer or 'fkv_step' in kwargs:
+        return None  # the last: a copy of an enabled model was enabled
     rope = kwargs['position_embeddings']
     cache.announce(module.layer_idx)
     kwargs['position_embeddings'] = cache.settings.no_rope(rope[0])

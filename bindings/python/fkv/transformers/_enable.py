@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import weakref
 from typing import Any
 
@@ -46,10 +47,10 @@ def enable(model, profile: Any = None, *, longcache: Any = None, threads: int | 
     or fkv.MismatchError (the profile is of another model), and nothing is changed. Enabling twice replaces
     the settings.
     """
-    disable(model)
     geometry, modules = examine(model)
     settings = Settings(geometry, profile, longcache, context, threads, prefill)
     settings.store()  # so that what cannot be held is refused here
+    disable(model)
     _attention.register()
     before = _implementations(model)
     hooks = [modules.decoder.register_forward_pre_hook(_attention.before_model, with_kwargs=True),
@@ -59,7 +60,8 @@ def enable(model, profile: Any = None, *, longcache: Any = None, threads: int | 
     model.set_attn_implementation(_attention.NAME)
     _models[model] = _Enabled(settings, before, hooks)
     if hasattr(model, '_prepare_cache_for_generation'):
-        model._prepare_cache_for_generation = _preparer(weakref.ref(model))
+        # A method, so that a copy of the model has one of its own.
+        model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
     return model
 
 
@@ -94,18 +96,15 @@ def _implementations(model):
     return {'': config._attn_implementation, **parts} if parts else config._attn_implementation
 
 
-def _preparer(model_ref):
+def _prepare_cache(model, generation_config, model_kwargs, *args, **kwargs):
     """What generate() calls to get a cache: a FkvCache, unless something else is asked for."""
-    def prepare(generation_config, model_kwargs, *args, **kwargs):
-        model = model_ref()
-        given = any(model_kwargs.get(name) is not None for name in ('cache', 'past_key_values'))
-        wanted = (generation_config.use_cache is not False
-                  and generation_config.cache_implementation in (None, 'dynamic'))
-        if given or not wanted:
-            return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args,
-                                                             **kwargs)
-        cache = model_kwargs[CACHE_NAME] = FkvCache(model)
-        if getattr(generation_config, 'is_assistant', False) and hasattr(cache, 'activate_past_recording'):
-            cache.activate_past_recording()  # of layers with a sliding window
-
-    return prepare
+    given = any(model_kwargs.get(name) is not None for name in ('cache', 'past_key_values'))
+    wanted = (generation_config.use_cache is not False
+              and generation_config.cache_implementation in (None, 'dynamic'))
+    if given or not wanted or not enabled(model):
+        return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args,
+                                                         **kwargs)
+    cache = model_kwargs[CACHE_NAME] = FkvCache(model)
+    if getattr(generation_config, 'is_assistant', False) and hasattr(cache, 'activate_past_recording'):
+        cache.activate_past_recording()  # of layers with a sliding window
+    return None

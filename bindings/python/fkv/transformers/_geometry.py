@@ -70,7 +70,9 @@ def examine(model) -> tuple[Geometry, Modules]:
     _refuse_by_config(model, config)
     modules = _modules(model, config)
     held = _held_layers(model, config)
-    parameter = next(model.parameters())
+    parameters = [p for module in modules.attentions for p in module.parameters()]
+    if len({p.device for p in parameters}) != 1:
+        raise unsupported(model, 'its layers are on several devices')
     try:
         params = model_params(_rope_of_full_layers(config))
     except ValueError as error:
@@ -78,7 +80,7 @@ def examine(model) -> tuple[Geometry, Modules]:
     params.n_layers = len(held)
     params.model_id = None
     geometry = Geometry(params, {layer: i for i, layer in enumerate(held)}, config.num_hidden_layers,
-                        config, parameter.dtype, parameter.device)
+                        config, model.dtype, parameters[0].device)
     _probe(model, geometry, modules)
     return geometry, modules
 

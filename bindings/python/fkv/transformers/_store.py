@@ -36,7 +36,7 @@ class Step:
 class Store:
     """Rows of one cache of libfkv; several stores may share it."""
 
-    def __init__(self, cache: Cache, layers: int, select: Any = None, stream: bool = False):
+    def __init__(self, cache: Cache, layers: int, select: Any = None, on_device: bool = False):
         self.cache, self.layers, self.select = cache, layers, select
         self.plan: Plan = cache.plan()
         if select is not None:
@@ -46,7 +46,7 @@ class Store:
         self.columns = 0
         self.padding = None  # [B, columns] of bool, False where padding is; None: there is none
         self.step: Step | None = None
-        self.on_device = stream
+        self.on_device, self.stream = on_device, None
 
     # ---- steps
 
@@ -67,6 +67,8 @@ class Store:
             counts = new.sum(1).tolist()
             step.real = new.reshape(-1).nonzero()[:, 0]
         positions = self._positions(batch, tokens, lengths, new, position_ids)
+        if self.on_device:
+            self._follow_stream()
         if not self.rows:
             self.rows = [self.cache.sequence() for _ in range(batch)]
         self.plan.update(self.rows, counts, positions)
@@ -75,6 +77,13 @@ class Store:
         self.padding = mask
         self.step = step
         return step
+
+    def _follow_stream(self) -> None:
+        """The context works on the stream that torch works on now."""
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream != self.stream:
+            self.cache._context.set_stream(stream)
+            self.stream = stream
 
     def _check_mask(self, batch: int, tokens: int, mask) -> None:
         if mask is None:
