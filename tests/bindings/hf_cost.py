@@ -101,7 +101,7 @@ def measure_time(args):
             whole.seconds = inside.seconds = 0
             begin = time.perf_counter()
             model(torch.tensor([[65]]), attention_mask=mask[:, :i + 1], position_ids=torch.tensor([[i]]),
-                  **{fkv.transformers._enable.CACHE_NAME: cache})
+                  **{fkv.transformers.CACHE_NAME: cache})
             rows.append((time.perf_counter() - begin, inside.seconds, whole.seconds - inside.seconds))
     step, inside, added = (torch.tensor(rows[args.steps // 5:], dtype=torch.float64) * 1000).median(0)[0].tolist()
     print(f'{args.tokens} tokens, {args.threads} threads, {cache.stats().ratio:.1f}x; medians of {args.steps} '
@@ -143,7 +143,7 @@ def run_memory(args):
                  else transformers.DynamicCache(config=model.config))
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
                        prefill_chunk_size=args.chunk, stopping_criteria=[watch],
-                       **{fkv.transformers._enable.CACHE_NAME: cache})
+                       **{fkv.transformers.CACHE_NAME: cache})
         return watch.seen, cache
 
     generate(ids[:, :2 * args.chunk], 4)  # what is needed whatever the length

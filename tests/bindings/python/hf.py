@@ -57,7 +57,7 @@ def padded(lengths, seed=3):
 
 def cache_name():
     """What the model's calls name a cache: it changed within 5."""
-    return fkv.transformers._enable.CACHE_NAME
+    return fkv.transformers.CACHE_NAME
 
 
 def last_logits(model, ids, cache=None, **more):

@@ -31,6 +31,6 @@ def _check_version() -> None:
 _check_version()
 
 from ._cache import FkvCache  # noqa: E402
-from ._enable import disable, enable, enabled  # noqa: E402
+from ._enable import CACHE_NAME, disable, enable, enabled  # noqa: E402
 
-__all__ = ['FkvCache', 'SUPPORTED', 'disable', 'enable', 'enabled']
+__all__ = ['CACHE_NAME', 'FkvCache', 'SUPPORTED', 'disable', 'enable', 'enabled']

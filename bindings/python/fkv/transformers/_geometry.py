@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import UnsupportedError
+from .._native import lib
 from .._types import ModelParams
+from ..errors import UnsupportedError
+from ..models import _SCALINGS as SCALINGS
 from ..models import model_params
 
+MAX_HEAD_DIM = lib.FKV_MAX_HEAD_DIM
 PROBE = 'fkv_probe'
 POSITIONS = (0, 1, 5, 61)  #: of the probe's tokens: near and far, no two distances alike
 
@@ -73,10 +76,7 @@ def examine(model) -> tuple[Geometry, Modules]:
     parameters = [p for module in modules.attentions for p in module.parameters()]
     if len({p.device for p in parameters}) != 1:
         raise unsupported(model, 'its layers are on several devices')
-    try:
-        params = model_params(_rope_of_full_layers(config))
-    except ValueError as error:
-        raise unsupported(model, str(error)) from None
+    params = _params(model, config)
     params.n_layers = len(held)
     params.model_id = None
     geometry = Geometry(params, {layer: i for i, layer in enumerate(held)}, config.num_hidden_layers,
@@ -111,7 +111,9 @@ def _modules(model, config) -> Modules:
         if not (hasattr(module, 'layer_idx') and type(module).__name__.endswith('Attention')):
             continue
         parent, _, rest = name.partition('layers.')
-        if module.layer_idx in found or not rest:
+        if not rest:
+            raise unsupported(model, 'its layers are not in a list `layers`, as those of LLaMA are')
+        if module.layer_idx in found:
             raise unsupported(model, f'it has more than one attention in layer {module.layer_idx}')
         found[module.layer_idx] = module
         parents.add(parent.rstrip('.'))
@@ -133,6 +135,21 @@ def _held_layers(model, config) -> list[int]:
         raise unsupported(model, 'all of its layers have a sliding window, which bounds their memory already; '
                                  'such layers stay with the framework, and there are no others')
     return held
+
+
+def _params(model, config) -> ModelParams:
+    values = _rope_of_full_layers(config)
+    rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
+    kind = rope.get('rope_type') or rope.get('type') or 'default'
+    if kind not in SCALINGS:
+        raise unsupported(model, f'its RoPE is of type {kind!r}; known are {", ".join(SCALINGS)}')
+    try:
+        params = model_params(values)
+    except ValueError as error:
+        raise unsupported(model, str(error)) from None
+    if params.head_dim % 8 or params.head_dim > MAX_HEAD_DIM:
+        raise unsupported(model, f'its head_dim, {params.head_dim}, is no multiple of 8 up to {MAX_HEAD_DIM}')
+    return params
 
 
 def _rope_of_full_layers(config) -> dict:
