@@ -14,6 +14,7 @@ import torch
 from .._convert import View
 from ..cache import Cache, Plan, Sequence
 from ..errors import StateError
+from ._fixed import Fixed, signature
 
 
 def all_of(mask) -> bool:
@@ -46,6 +47,7 @@ class Store:
         self.columns = 0
         self.padding = None  # [B, columns] of bool, False where padding is; None: there is none
         self.step: Step | None = None
+        self.fixed: Fixed | None = None
         self.on_device, self.stream = on_device, None
 
     # ---- steps
@@ -156,6 +158,10 @@ class Store:
     def append_attend(self, layer: int, q, k, v):
         """Attention of the step: [B, T, Hq, D]; what it returns for padding is 0."""
         batch, heads, tokens, dim = q.shape
+        if tokens == 1 and self.step.real is None and not self.on_device:
+            out = self._decode(layer, q, k, v)
+            if out is not None:
+                return out
         flat = self._flat(q)
         out = flat.new_empty(flat.shape)
         self.plan.append_attend(layer, self._view(flat), self._view(self._flat(k)),
@@ -165,6 +171,17 @@ class Store:
         if real is not None:
             out = q.new_zeros(batch * tokens, heads, dim).index_copy_(0, real.to(q.device), out)
         return out.view(batch, tokens, heads, dim)
+
+    def _decode(self, layer: int, q, k, v):
+        """append_attend() where every row has one token; None if it must go the long way."""
+        fixed = self.fixed
+        if fixed is None or fixed.signature != signature(q, k, v):
+            fixed = self.fixed = Fixed(q, k, v)
+        if not fixed.possible:
+            return None
+        out = fixed.append_attend(self.plan, layer, q, k, v)
+        self.done()
+        return out
 
     def append(self, layer: int, k, v) -> None:
         """Stores the step's tokens; attention to them was done elsewhere."""
