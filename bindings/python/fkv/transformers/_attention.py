@@ -56,8 +56,7 @@ def before_attention(module, args, kwargs):
     if cache is None or type(cache.layers[module.layer_idx]) is not FkvLayer or 'fkv_step' in kwargs:
         return None  # the last: a copy of an enabled model was enabled
     rope = kwargs['position_embeddings']
-    cache.announce(module.layer_idx)
-    kwargs['position_embeddings'] = cache.settings.no_rope(rope[0])
+    kwargs['position_embeddings'] = cache.announce(module.layer_idx, rope)
     kwargs['fkv_step'] = cache, rope, kwargs.get('position_ids')
     return args, kwargs
 

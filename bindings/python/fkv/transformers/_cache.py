@@ -99,10 +99,15 @@ class FkvCache(Cache):
         #: Layers of the framework's own: those with a sliding window.
         self.own_layers = [layer for layer in layers if not isinstance(layer, FkvLayer)]
         self._announced: int | None = None
+        self._rope = self._no_rope = None
 
-    def announce(self, layer_idx: int) -> None:
-        """The attention of the layer is about to call update(), and libfkv will get what it brings."""
+    def announce(self, layer_idx: int, rope: tuple) -> tuple:
+        """The attention of the layer is about to call update(), and libfkv will get what it brings. Returns
+        what it shall have in place of RoPE's cos and sin."""
         self._announced = layer_idx
+        if rope is not self._rope:  # one for all layers of a step
+            self._rope, self._no_rope = rope, self.settings.no_rope(rope[0])
+        return self._no_rope
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         layer = self.layers[layer_idx]
