@@ -3,7 +3,7 @@
 # Builds and runs all tests, then those of the library and of the Python package again under sanitizers.
 # The last line is "N passed, N failed". Works in build/ and build-asan/, which it makes anew; installs
 # missing Debian packages if it may, and Python's into build/venv.
-#     FKV_TORCH=1     installs torch there too (3 GB to fetch), for the tests that use it
+#     FKV_TORCH=1     installs torch and transformers there too (some 5 GB), for the tests that use them
 #     FKV_PYTHON=0    leaves the Python package out
 set -eu
 cd "$(dirname "$0")/.."
@@ -62,12 +62,16 @@ install_python_package() {
 
 install_torch() {
     if [ "${FKV_TORCH:-0}" != 1 ]; then
-        echo "without torch: FKV_TORCH=1 would fetch it"
+        echo "without torch and transformers: FKV_TORCH=1 would fetch them"
         return
     fi
     begin=$(date +%s)
-    build/venv/bin/pip install -q --disable-pip-version-check torch || echo "torch: not to be had"
-    echo "torch took $(($(date +%s) - begin)) s"
+    build/venv/bin/pip install -q --disable-pip-version-check torch 'transformers >= 5.0, < 6' ||
+        echo "torch and transformers: not to be had"
+    # The oldest version that is supported, beside the newest.
+    build/venv/bin/pip install -q --disable-pip-version-check --target build/transformers-5.0 \
+        'transformers == 5.0.*' || echo "transformers 5.0: not to be had"
+    echo "torch and transformers took $(($(date +%s) - begin)) s"
 }
 
 # run_pytest NAME [ARGUMENT ..]
@@ -91,6 +95,9 @@ test_python() {
     fi
     install_torch
     run_pytest python
+    if [ -d build/transformers-5.0/transformers ]; then
+        PYTHONPATH=$PWD/build/transformers-5.0 run_pytest transformers-5.0 -k test_hf
+    fi
     build/venv/bin/python tests/bindings/call_cost.py build/tests/bindings/call_cost ||
         failed=$((failed + 1))
 }

@@ -28,3 +28,11 @@ def test_program_runs(program, tmp_path):
                           stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout and ('transformers' in program or not done.stderr), done.stderr
+
+
+def test_notebook_runs(tmp_path):
+    pytest.importorskip('transformers')
+    done = subprocess.run([sys.executable, str(layouts.ROOT / 'examples/hf_notebook.py')], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 'calibrated-12x' in done.stdout
