@@ -143,16 +143,19 @@ def main() -> None:
     parser.add_argument('--labels', default='text', choices=('text', 'model', 'both'))
     parser.add_argument('--no-gradients', action='store_true',
                         help='only forward passes; writes forward-12x.json and so on')
+    parser.add_argument('--unrotated', action='store_true',
+                        help='for selection: keys held before RoPE; writes unrotated-12x.json and so on')
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     mixer = Mixer(read_corpus(), args.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.float32)
     params = fkv.model_params(HERE)
-    kind = 'forward' if args.no_gradients else 'calibrated'
+    kind = 'forward' if args.no_gradients else 'unrotated' if args.unrotated else 'calibrated'
+    codec = fkv.CodecParams(domain='unrotated' if args.unrotated else 'rotated')
     begin = time.time()
     texts = [mixer.window(args.window) for _ in range(args.windows)]
     with fkv.Context(threads=1) as context:
-        calibrator = calibration.gather(model, texts, context=context, params=params,
+        calibrator = calibration.gather(model, texts, context=context, params=params, codec=codec,
                                         labels=args.labels, gradients=not args.no_gradients,
                                         progress=True)
         if args.statistics:
