@@ -227,9 +227,13 @@ uint64_t needle_engine_units(const struct needle_engine *engine, size_t n, size_
 }
 
 int needle_engine_open(struct needle_engine *engine, const struct needle_model *model,
-                       fkv_context *ctx, fkv_profile *profile, struct needle_error *error) {
+                       fkv_context *ctx, fkv_profile *profile, uint64_t flags,
+                       struct needle_error *error) {
+    fkv_cache_params params;
+    fkv_cache_params_init(&params, sizeof params);
+    params.flags = flags;
     *engine = (struct needle_engine){.model = model, .ctx = ctx, .sequence = -1};
-    fkv_status status = fkv_cache_create(ctx, profile, NULL, &engine->cache);
+    fkv_status status = fkv_cache_create(ctx, profile, &params, &engine->cache);
     status = status ? status : fkv_plan_create(engine->cache, &engine->plan);
     if (status) {
         int code = needle_fail_fkv(error, NEEDLE_FAILED, ctx, status, "cache");

@@ -32,8 +32,10 @@ struct needle_engine {
 /* Threads of the matrix products; 0 leaves the BLAS library's choice. */
 void needle_engine_threads(int32_t threads);
 
+/* flags: of fkv_cache_params */
 int needle_engine_open(struct needle_engine *engine, const struct needle_model *model,
-                       fkv_context *ctx, fkv_profile *profile, struct needle_error *error);
+                       fkv_context *ctx, fkv_profile *profile, uint64_t flags,
+                       struct needle_error *error);
 void needle_engine_close(struct needle_engine *engine);
 
 /* Frees the sequence, if there is one, and begins an empty one; `period` as in fkv_sequence_params. */

@@ -181,7 +181,9 @@ static int ask_all(struct program *p) {
     struct needle_engine engine;
     int code = make_profile(p);
     code = code ? code : open_logits(p);
-    code = code ? code : needle_engine_open(&engine, &p->model, p->ctx, p->profile, &p->error);
+    code = code ? code
+                : needle_engine_open(&engine, &p->model, p->ctx, p->profile,
+                                     p->options.index ? FKV_CACHE_KEY_INDEX : 0, &p->error);
     if (code) {
         return code;
     }

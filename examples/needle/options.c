@@ -40,6 +40,7 @@ const char needle_usage[] =
     "                      context of any length; profile exact, or a file with unrotated keys;\n"
     "                      prefill in steps of 512 tokens\n"
     "  --scope N           tokens attended to (default: the window), half of them local\n"
+    "  --index             hold an index of exact keys, which makes selection faster\n"
     "\n"
     "Calibration (instead of questions):\n"
     "  --calibrate OUT     write a Fourier profile of the model, from prompts of --context tokens\n"
@@ -74,6 +75,7 @@ enum option_code {
     OPT_CHUNK,
     OPT_LONGCACHE,
     OPT_SCOPE,
+    OPT_INDEX,
     OPT_TOGETHER,
     OPT_TASK,
     OPT_CALIBRATE,
@@ -102,6 +104,7 @@ static const struct option long_options[] = {
     {"chunk", required_argument, NULL, OPT_CHUNK},
     {"longcache", no_argument, NULL, OPT_LONGCACHE},
     {"scope", required_argument, NULL, OPT_SCOPE},
+    {"index", no_argument, NULL, OPT_INDEX},
     {"together", no_argument, NULL, OPT_TOGETHER},
     {"task", required_argument, NULL, OPT_TASK},
     {"calibrate", required_argument, NULL, OPT_CALIBRATE},
@@ -264,6 +267,9 @@ static int parse_option(int option, const struct argument *a, struct needle_opti
     case OPT_LONGCACHE:
         o->longcache = true;
         return NEEDLE_OK;
+    case OPT_INDEX:
+        o->index = true;
+        return NEEDLE_OK;
     case OPT_TOGETHER:
         o->together = true;
         return NEEDLE_OK;
@@ -296,9 +302,9 @@ static int check_given(const bool *given, const struct needle_options *o,
                        struct needle_error *error) {
     static const int calibration[] = {OPT_CALIBRATE_PROMPTS, OPT_CRITERION, OPT_RESTORATION,
                                       OPT_BINS, OPT_LOCAL};
-    static const int questions[] = {OPT_DEPTH,     OPT_DISTRACTORS, OPT_ITEMS,   OPT_PROFILE,
-                                    OPT_STORAGE,   OPT_CHUNK,       OPT_TASK,    OPT_LOGITS,
-                                    OPT_LONGCACHE, OPT_SCOPE,       OPT_TOGETHER};
+    static const int questions[] = {OPT_DEPTH,     OPT_DISTRACTORS, OPT_ITEMS,    OPT_PROFILE,
+                                    OPT_STORAGE,   OPT_CHUNK,       OPT_TASK,     OPT_LOGITS,
+                                    OPT_LONGCACHE, OPT_SCOPE,       OPT_TOGETHER, OPT_INDEX};
     const int *useless = o->calibrate ? questions : calibration;
     const size_t n = o->calibrate ? sizeof questions / sizeof *questions
                                   : sizeof calibration / sizeof *calibration;
@@ -319,8 +325,9 @@ static int check_given(const bool *given, const struct needle_options *o,
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--together is for task niah, without --depth and --distractors");
     }
-    if (o->scope && !o->longcache) {
-        return needle_fail(error, NEEDLE_BAD_INPUT, "--scope has no effect without --longcache");
+    if ((o->scope || o->index) && !o->longcache) {
+        return needle_fail(error, NEEDLE_BAD_INPUT, "--%s has no effect without --longcache",
+                           o->scope ? "scope" : "index");
     }
     if (o->longcache && !strcmp(o->profile, "fourier")) {
         return needle_fail(error, NEEDLE_BAD_INPUT,

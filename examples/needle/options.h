@@ -23,6 +23,7 @@ struct needle_options {
     size_t chunk;    /* 0: the whole context at once, with selection select.chunk */
     bool longcache;
     int32_t scope; /* 0: the model's trained window */
+    bool index;
     bool json;
     bool help;
     bool version;
