@@ -85,7 +85,7 @@ static int observe_exactly(const struct calibration *c) {
         return needle_fail_fkv(c->error, NEEDLE_FAILED, c->ctx, status, "exact profile");
     }
     struct needle_engine engine;
-    int code = needle_engine_open(&engine, c->model, c->ctx, &exact, 1, c->error);
+    int code = needle_engine_open(&engine, c->model, c->ctx, &exact, 1, 0, c->error);
     if (!code) {
         engine.calibrator = c->calibrator;
         code = observe(c, &engine);

@@ -247,12 +247,15 @@ uint64_t needle_engine_units(const struct needle_engine *engine, size_t n, size_
 
 int needle_engine_open(struct needle_engine *engine, const struct needle_model *model,
                        fkv_context *ctx, fkv_profile *const *profiles, size_t n_profiles,
-                       struct needle_error *error) {
+                       uint64_t flags, struct needle_error *error) {
+    fkv_cache_params params;
+    fkv_cache_params_init(&params, sizeof params);
+    params.flags = flags;
     *engine = (struct needle_engine){.model = model, .ctx = ctx, .now = engine->held};
     for (size_t i = 0; i < n_profiles; i++) {
         struct needle_held *held = &engine->held[engine->n_held++];
         held->sequence = -1;
-        fkv_status status = fkv_cache_create(ctx, profiles[i], NULL, &held->cache);
+        fkv_status status = fkv_cache_create(ctx, profiles[i], &params, &held->cache);
         status = status ? status : fkv_plan_create(held->cache, &held->plan);
         if (status) {
             int code = needle_fail_fkv(error, NEEDLE_FAILED, ctx, status, "cache");

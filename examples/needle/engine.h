@@ -42,9 +42,10 @@ struct needle_engine {
 /* Threads of the matrix products; 0 leaves the BLAS library's choice. */
 void needle_engine_threads(int32_t threads);
 
+/* flags: of fkv_cache_params */
 int needle_engine_open(struct needle_engine *engine, const struct needle_model *model,
                        fkv_context *ctx, fkv_profile *const *profiles, size_t n_profiles,
-                       struct needle_error *error);
+                       uint64_t flags, struct needle_error *error);
 void needle_engine_close(struct needle_engine *engine);
 
 /*

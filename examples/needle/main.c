@@ -127,7 +127,7 @@ static int open_engine(struct program *p, struct needle_engine *engine) {
     code = code ? code : open_logits(p);
     return code ? code
                 : needle_engine_open(engine, &p->model, p->ctx, p->profiles, o->n_profiles,
-                                     &p->error);
+                                     o->index ? FKV_CACHE_KEY_INDEX : 0, &p->error);
 }
 
 static int ask_all(struct program *p) {

@@ -45,6 +45,7 @@ const char needle_usage[] =
     "  --meter FRACTION    measure on this fraction of the coded blocks what coding costs\n"
     "                      attention, and print it for each layer at the end (docs/codec.md);\n"
     "                      calibrated and uniform profiles only\n"
+    "  --index             hold an index of exact keys, which makes selection faster\n"
     "\n"
     "Calibration (instead of questions):\n"
     "  --calibrate OUT     write a Fourier profile of the model, from prompts of --context tokens\n"
@@ -80,6 +81,7 @@ enum option_code {
     OPT_LONGCACHE,
     OPT_SCOPE,
     OPT_METER,
+    OPT_INDEX,
     OPT_TOGETHER,
     OPT_TASK,
     OPT_CALIBRATE,
@@ -109,6 +111,7 @@ static const struct option long_options[] = {
     {"longcache", no_argument, NULL, OPT_LONGCACHE},
     {"scope", required_argument, NULL, OPT_SCOPE},
     {"meter", required_argument, NULL, OPT_METER},
+    {"index", no_argument, NULL, OPT_INDEX},
     {"together", no_argument, NULL, OPT_TOGETHER},
     {"task", required_argument, NULL, OPT_TASK},
     {"calibrate", required_argument, NULL, OPT_CALIBRATE},
@@ -275,6 +278,9 @@ static int parse_option(int option, const struct argument *a, struct needle_opti
     case OPT_LONGCACHE:
         o->longcache = true;
         return NEEDLE_OK;
+    case OPT_INDEX:
+        o->index = true;
+        return NEEDLE_OK;
     case OPT_TOGETHER:
         o->together = true;
         return NEEDLE_OK;
@@ -309,9 +315,9 @@ static int check_given(const bool *given, const struct needle_options *o,
                        struct needle_error *error) {
     static const int calibration[] = {OPT_CALIBRATE_PROMPTS, OPT_CRITERION, OPT_RESTORATION,
                                       OPT_BINS, OPT_LOCAL};
-    static const int questions[] = {OPT_DEPTH,     OPT_DISTRACTORS, OPT_ITEMS, OPT_PROFILE,
-                                    OPT_STORAGE,   OPT_CHUNK,       OPT_TASK,  OPT_LOGITS,
-                                    OPT_LONGCACHE, OPT_SCOPE,       OPT_METER, OPT_TOGETHER};
+    static const int questions[] = {
+        OPT_DEPTH,  OPT_DISTRACTORS, OPT_ITEMS, OPT_PROFILE, OPT_STORAGE,  OPT_CHUNK, OPT_TASK,
+        OPT_LOGITS, OPT_LONGCACHE,   OPT_SCOPE, OPT_METER,   OPT_TOGETHER, OPT_INDEX};
     const int *useless = o->calibrate ? questions : calibration;
     const size_t n = o->calibrate ? sizeof questions / sizeof *questions
                                   : sizeof calibration / sizeof *calibration;
@@ -347,8 +353,9 @@ static bool has_profile(const struct needle_options *o, const char *name) {
 /* What does not go together in "How the cache holds it". */
 static int check_holding(const bool *given, const struct needle_options *o,
                          struct needle_error *error) {
-    if (o->scope && !o->longcache) {
-        return needle_fail(error, NEEDLE_BAD_INPUT, "--scope has no effect without --longcache");
+    if ((o->scope || o->index) && !o->longcache) {
+        return needle_fail(error, NEEDLE_BAD_INPUT, "--%s has no effect without --longcache",
+                           o->scope ? "scope" : "index");
     }
     if (o->longcache && o->meter > 0) {
         return needle_fail(error, NEEDLE_BAD_INPUT, "--meter cannot measure with --longcache");

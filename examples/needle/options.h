@@ -26,6 +26,7 @@ struct needle_options {
     bool longcache;
     int32_t scope; /* 0: the model's trained window */
     double meter;  /* fraction of the blocks to measure; 0: none */
+    bool index;
     bool json;
     bool help;
     bool version;

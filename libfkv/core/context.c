@@ -120,6 +120,7 @@ static fkv_status check_limits(struct fkv_ctx *ctx, const fkv_context_params *p)
     }
     ctx->threads = p->threads > 0 ? p->threads : fkv_online_processors();
     ctx->max_tokens = p->max_tokens > 0 ? p->max_tokens : DEFAULT_MAX_TOKENS;
+    ctx->sift_from = 6144;
     ctx->max_file_bytes = p->max_file_bytes > 0 ? p->max_file_bytes : DEFAULT_MAX_FILE_BYTES;
     ctx->heap.alloc = p->alloc;
     ctx->heap.free = p->free;

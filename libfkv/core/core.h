@@ -71,6 +71,7 @@ struct fkv_ctx {
     fkv_cpu_level cpu_level;
     fkv_cpu_level best_cpu_level;
     int threads;
+    int64_t sift_from; /* see attend/sift.c; tests set it to 0 */
     const struct fkv_backend_ops *ops;
     struct fkv_kernels *kernels;
     struct fkv_pool *pool;

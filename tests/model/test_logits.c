@@ -43,7 +43,7 @@ static float *engine_logits(const struct needle_model *m, fkv_dtype storage, con
     assert_int_equal(fkv_context_create(&context_params, &ctx), FKV_OK);
     needle_model_params(m, &params);
     assert_int_equal(fkv_profile_create_exact(ctx, &params, storage, &profile), FKV_OK);
-    assert_int_equal(needle_engine_open(&engine, m, ctx, &profile, 1, &error), NEEDLE_OK);
+    assert_int_equal(needle_engine_open(&engine, m, ctx, &profile, 1, 0, &error), NEEDLE_OK);
     float *logits = malloc(n * vocab_of(m) * sizeof *logits);
     assert_non_null(logits);
     /* A sequence before it must leave no trace. */

@@ -3,7 +3,7 @@
  * A cache with an index of keys selects what one without does, and attends alike, bit for bit: for keys of every kind,
  * in decoding and in chunks, with forks and crops on the way, for any threads and batches.
  */
-#include "fkv/fkv.h"
+#include "core/core.h"
 #include "random.h"
 
 #include <math.h>
@@ -161,6 +161,9 @@ static struct side open_side(const struct setting *s, bool indexed, int threads)
     params.cpu_level = s->level;
     params.flags = s->kind >= MIXED_SIZES ? FKV_CONTEXT_PROPAGATE_NONFINITE : 0;
     OK(fkv_context_create(&params, &w.ctx));
+    struct fkv_ctx *ctx = fkv_handle_acquire(FKV_KIND_CONTEXT, w.ctx);
+    ctx->sift_from = 0; /* short middles, too */
+    fkv_handle_release(w.ctx);
     OK(fkv_model_params_init(&model, sizeof model));
     model.n_layers = 1;
     model.n_q_heads = s->kv_heads * s->group;

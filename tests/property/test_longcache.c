@@ -3,7 +3,7 @@
  * Selection against a plain statement of it in double. Most keys and queries are small whole numbers, so that
  * products are exact and full of ties: which tokens are chosen is then known for certain.
  */
-#include "fkv/fkv.h"
+#include "core/core.h"
 #include "oracle.h"
 #include "random.h"
 
@@ -96,6 +96,9 @@ static void open_world(struct world *w, const struct setting *set) {
     params.threads = set->threads;
     params.cpu_level = set->level;
     OK(fkv_context_create(&params, &w->ctx));
+    struct fkv_ctx *ctx = fkv_handle_acquire(FKV_KIND_CONTEXT, w->ctx);
+    ctx->sift_from = 0; /* an index is used in short middles, too */
+    fkv_handle_release(w->ctx);
     fkv_model_params_init(&w->model, sizeof w->model);
     w->model.n_layers = 1;
     w->model.n_q_heads = set->kv_heads * set->group;
