@@ -96,7 +96,9 @@ test_python() {
     install_torch
     run_pytest python
     if [ -d build/transformers-5.0/transformers ]; then
-        PYTHONPATH=$PWD/build/transformers-5.0 run_pytest transformers-5.0 -k test_hf
+        export PYTHONPATH="$PWD/build/transformers-5.0"
+        run_pytest transformers-5.0 -k test_hf
+        unset PYTHONPATH
     fi
     build/venv/bin/python tests/bindings/call_cost.py build/tests/bindings/call_cost ||
         failed=$((failed + 1))
