@@ -15,9 +15,10 @@
 struct fkv_model;
 
 struct fkv_waves {
-    int pairs; /* sorted by descending frequency */
-    int fast;  /* the first of them are not in the polynomial */
-    int half;  /* pairs, rounded up to 16 */
+    int pairs;   /* sorted by descending frequency */
+    bool halves; /* pair j is of channels j and pairs + j */
+    int fast;    /* the first of them are not in the polynomial */
+    int half;    /* pairs, rounded up to 16 */
     double frequency[FKV_MAX_PAIRS];
     uint8_t first[FKV_MAX_PAIRS], second[FKV_MAX_PAIRS]; /* channels of a pair */
     int16_t pair_of[FKV_MAX_HEAD_DIM];                   /* -1: not rotated */
