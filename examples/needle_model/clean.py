@@ -17,7 +17,7 @@ NOT_WANTED = re.compile(r'/_sources/|/translations/|genindex|search\.html|/chang
 
 # What has an obvious writing in ASCII; the rest is decomposed, or dropped.
 ASCII = str.maketrans({0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2010: '-', 0x2011: '-',
-                       0x2012: '-', 0x2013: '-', 0x2014: ' - ', 0x2015: ' - ', 0x2212: '-', 0x2026: '...',
+                       0x2012: '-', 0x2013: '-', 0x2014: '--', 0x2015: '--', 0x2212: '-', 0x2026: '...',
                        0x2022: '*', 0x00b7: '*', 0x2192: '->', 0x2190: '<-', 0x00d7: 'x', 0x00ab: '"',
                        0x00bb: '"', 0x00a9: '(c)', 0x2264: '<=', 0x2265: '>=', 0x00df: 'ss', 0x00a0: ' '})
 ENGLISH = frozenset('the of to and is in a for that be this it with are as by or an on if'.split())
@@ -26,6 +26,7 @@ VOID = frozenset('area base br col embed hr img input link meta source track wbr
 BLOCKS = frozenset('p div section article h1 h2 h3 h4 h5 h6 ul ol dl dt table pre blockquote hr'.split())
 NAVIGATION = re.compile(r'\b(navigation|sphinxsidebar|headerlink|navheader|navfooter|breadcrumbs|toc|'
                         r'contents|footer)\b')
+RUNNING_HEAD = re.compile(r'^\S.*\S\(\d\w*\)$')  # and foot, of manual pages
 DEEPEST = 8           # columns of indentation that are kept
 LEAST_LETTERS = .55   # of what is not space, in a paragraph: fewer is a table or a dump
 LEAST_ENGLISH = .06   # of the words of a document
@@ -95,7 +96,9 @@ def from_manual(data: bytes) -> str:
         return ''
     done = subprocess.run(['groff', '-t', '-mandoc', '-Tascii', '-P-cbou', '-rLL=90n', '-rHY=0'], input=data,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-    return done.stdout.decode('ascii', 'ignore')
+    lines = done.stdout.decode('ascii', 'ignore').split('\n')
+    # Without the lines at the top and bottom, and the spaces that make lines equally long.
+    return '\n'.join(re.sub(r'(?<=\S) +', ' ', line) for line in lines if not RUNNING_HEAD.search(line))
 
 
 def to_ascii(text: str) -> str:
