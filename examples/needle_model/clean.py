@@ -20,6 +20,8 @@ ASCII = str.maketrans({0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x201
                        0x2012: '-', 0x2013: '-', 0x2014: '--', 0x2015: '--', 0x2212: '-', 0x2026: '...',
                        0x2022: '*', 0x00b7: '*', 0x2192: '->', 0x2190: '<-', 0x00d7: 'x', 0x00ab: '"',
                        0x00bb: '"', 0x00a9: '(c)', 0x2264: '<=', 0x2265: '>=', 0x00df: 'ss', 0x00a0: ' '})
+CONTROLS = bytes(code for code in (*range(32), 127) if code not in b'\n\t')
+NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 ENGLISH = frozenset('the of to and is in a for that be this it with are as by or an on if'.split())
 SKIPPED = frozenset('head script style nav footer svg math button form select textarea'.split())
 VOID = frozenset('area base br col embed hr img input link meta source track wbr'.split())
@@ -104,9 +106,10 @@ def from_manual(data: bytes) -> str:
 def to_ascii(text: str) -> str:
     """'' if too much of it has no writing in ASCII."""
     text = unicodedata.normalize('NFKD', text.translate(ASCII))
-    out = ''.join(c for c in text if c in '\n\t' or ' ' <= c <= '~')
-    foreign = sum(1 for c in text if c > '~' and not unicodedata.combining(c))
-    return out if foreign <= MOST_FOREIGN * len(text) else ''
+    foreign = sum(1 for c in re.findall(r'[^\x00-\x7f]', text) if not unicodedata.combining(c))
+    if foreign > MOST_FOREIGN * len(text):
+        return ''
+    return text.encode('ascii', 'ignore').translate(None, CONTROLS).decode()
 
 
 def is_english(text: str) -> bool:
@@ -126,8 +129,8 @@ def paragraphs(text: str) -> list[str]:
     text = '\n'.join(map(_line, to_ascii(text).split('\n')))
     for block in re.split(r'\n\s*\n', text):
         block = block.strip('\n')
-        dense = re.sub(r'\s', '', block)
-        letters = sum(c.isalpha() for c in dense)
+        dense = block.encode().translate(None, b' \n')
+        letters = len(dense.translate(None, NO_LETTERS))
         if letters >= LEAST_LETTERS * max(1, len(dense)) and max(map(len, block.split('\n'))) <= LONGEST_LINE:
             kept.append(block)
     if sum(map(len, kept)) < SHORTEST or not is_english('\n'.join(kept)):

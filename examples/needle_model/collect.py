@@ -101,11 +101,11 @@ def _read(file: tuple) -> tuple:
 class Corpus:
     """Takes documents, without what it has had already, and writes them to two files."""
 
-    def __init__(self, output: pathlib.Path, one_in: int, most_held_out: int):
+    def __init__(self, output: pathlib.Path, one_in: int):
         output.mkdir(parents=True, exist_ok=True)
         self.files = {name: open(output / f'{name}.txt', 'w', encoding='ascii', newline='\n')
                       for name in ('train', 'held-out')}
-        self.one_in, self.most_held_out, self.held_out = one_in, most_held_out, 0
+        self.one_in = one_in
         self.seen = collections.Counter()
 
     def take(self, source: Source, path: str, paragraphs: list[str]) -> None:
@@ -119,9 +119,8 @@ class Corpus:
         if len(text) < clean.SHORTEST:
             return
         # By its name, so that a document stays where it is whatever else is collected.
-        held = zlib.crc32(path.encode()) % self.one_in == 0 and self.held_out < self.most_held_out
+        held = zlib.crc32(path.encode()) % self.one_in == 0
         self.files['held-out' if held else 'train'].write(text)
-        self.held_out += len(text) if held else 0
         source.documents += 1
         source.size += len(text)
 
@@ -148,7 +147,7 @@ def sources_of(args):
 
 def collect(args) -> dict[str, int]:
     """Sizes of the files written, by name."""
-    corpus, sources = Corpus(args.output, args.one_in, args.held_out), []
+    corpus, sources = Corpus(args.output, args.one_in), []
     with multiprocessing.Pool(args.processes) as pool:
         for source, files in sources_of(args):
             for path, paragraphs in pool.imap(_read, files, chunksize=16):
@@ -173,8 +172,7 @@ def main(arguments=None) -> int:
                        help='file that lists installed packages (default: packages.txt beside this)')
     where.add_argument('--debs', type=pathlib.Path, help='folder of packages that need not be installed')
     where.add_argument('--folders', type=pathlib.Path, nargs='+', help='folders of HTML and plain text')
-    parser.add_argument('--held-out', type=int, default=1_000_000, help='bytes kept for evaluation, about')
-    parser.add_argument('--one-in', type=int, default=100, help='of so many documents one is held out')
+    parser.add_argument('--one-in', type=int, default=100, help='of so many documents one is held out (default 100)')
     parser.add_argument('--processes', type=int, default=os.cpu_count())
     args = parser.parse_args(arguments)
     if not args.folders and not clean.has_groff():
