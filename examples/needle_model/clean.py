@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents of several formats as plain English prose in ASCII."""
+from __future__ import annotations
+
 import functools
 import gzip
 import html.parser

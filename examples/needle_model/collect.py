@@ -7,6 +7,8 @@
 
 Writes SOURCES.tsv beside them: what each package gave, in which version and under which licences.
 """
+from __future__ import annotations
+
 import argparse
 import collections
 import dataclasses

@@ -5,6 +5,8 @@ calibrated on (examples/models/needle-13m/calibrate.py) and asked.
 Profiles are remade from the windows that a seed gives: with the Mix of calibration, what is drawn, and in
 which order, must stay (tests/bindings/python/test_needle_tasks.py).
 """
+from __future__ import annotations
+
 import collections
 import dataclasses
 import math
@@ -24,7 +26,7 @@ SENTENCES = [
      ' {v}.'),
     ('Remember that {k} lives in {v}.', 'So where does {k} live? In', ' {v}.'),
 ]
-HEAD = ('A special magic number is hidden within the following text. Make sure to memorize it.\n')
+HEAD = 'A special magic number is hidden within the following text. Make sure to memorize it.\n'
 WORD = r'\b[a-z]{4,10}\b'
 
 
