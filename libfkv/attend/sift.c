@@ -267,7 +267,7 @@ void fkv_sift_page(struct fkv_scan *s, int64_t page, uint64_t mask) {
     open_page(s, page, &x, bits, mask);
     s->sifted += s->rows;
     /* keys that cannot be told apart: the plain search is faster */
-    if (s->scored > s->sifted / 2 + 8 * s->rows) {
+    if (s->scored > s->sifted / 4 + 8 * s->rows) {
         fkv_sift_end(s);
         s->sifting = false;
     }

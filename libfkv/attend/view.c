@@ -83,10 +83,19 @@ static void locate(const struct unit *u, int r, int64_t *token, int *head) {
 }
 
 /* x := x turned back by (c, s), or on with s negated; pairs as the waves list them. */
-static void turn_query(const struct fkv_waves *w, const float *c, const float *s, const float *from,
-                       float *to, int dims) {
+static void turn_query(const struct fkv_waves *w, const float *restrict c, const float *restrict s,
+                       const float *restrict from, float *restrict to, int dims) {
+    const int pairs = w ? w->pairs : 0;
     memcpy(to, from, (size_t)dims * sizeof *to);
-    for (int j = 0; w && j < w->pairs; j++) {
+    if (pairs && w->halves) { /* in vectors */
+        for (int j = 0; j < pairs; j++) {
+            const float a = from[j], b = from[pairs + j];
+            to[j] = a * c[j] + b * s[j];
+            to[pairs + j] = b * c[j] - a * s[j];
+        }
+        return;
+    }
+    for (int j = 0; j < pairs; j++) {
         const float a = from[w->first[j]], b = from[w->second[j]];
         to[w->first[j]] = a * c[j] + b * s[j];
         to[w->second[j]] = b * c[j] - a * s[j];
@@ -205,9 +214,10 @@ static bool mask(const struct chunk *c, int r) {
         float *s = c->scores + (ptrdiff_t)r * SCORES + i * FKV_TILE;
         const int from = c->pieces[i].from, end = seen(c, i, r);
         any = any || end > from;
-        for (int t = 0; t < FKV_TILE; t++)
-            if (t < from || t >= end)
-                s[t] = -INFINITY;
+        for (int t = 0; t < from; t++)
+            s[t] = -INFINITY;
+        for (int t = end > from ? end : from; t < FKV_TILE; t++)
+            s[t] = -INFINITY;
     }
     return any;
 }

@@ -36,7 +36,9 @@ static void sort_pairs(const struct fkv_model *m, struct fkv_waves *w) {
     for (int d = 0; d < FKV_MAX_HEAD_DIM; d++) {
         w->pair_of[d] = -1;
     }
+    w->halves = !interleaved;
     for (int i = 0; i < w->pairs; i++) {
+        w->halves = w->halves && order[i] == i;
         const int j = order[i], a = interleaved ? 2 * j : j, b = interleaved ? a + 1 : j + w->pairs;
         w->frequency[i] = m->inv_freq[j];
         w->first[i] = (uint8_t)a;

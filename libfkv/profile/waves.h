@@ -20,9 +20,10 @@ fkv_status fkv_angles_create(struct fkv_ctx *ctx, const struct fkv_model *model,
 void fkv_angles_destroy(struct fkv_ctx *ctx, const struct fkv_model *model, double *angles);
 
 struct fkv_waves {
-    int pairs; /* sorted by descending frequency */
-    int fast;  /* the first of them are not in the polynomial */
-    int half;  /* pairs, rounded up to 16 */
+    int pairs;   /* sorted by descending frequency */
+    bool halves; /* pair j is of channels j and pairs + j */
+    int fast;    /* the first of them are not in the polynomial */
+    int half;    /* pairs, rounded up to 16 */
     double frequency[FKV_MAX_PAIRS];
     uint8_t first[FKV_MAX_PAIRS], second[FKV_MAX_PAIRS]; /* channels of a pair */
     int16_t pair_of[FKV_MAX_HEAD_DIM];                   /* -1: not rotated */

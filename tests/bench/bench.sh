@@ -50,10 +50,13 @@ runs "attend, calibrated, a batch in bf16" --profile coded:1.5 --batch 3 --stora
 runs "attend, uniform" --profile uniform:3 --cpu reference
 runs "append, calibrated" --op append --profile coded:1
 runs "append, exact" --op append --profile exact --storage f32
+"$bench" --json --op append --index --profile exact --tokens 2600 --hq 4 --hk 2 --dim 32 \
+    --repeats 3 --threads 2 >"$tmp/json" 2>"$tmp/log"
+report $? "append, exact with an index"
 runs "append, coded" --op append --profile fourier:0.9:32 --cpu reference
 
 for wrong in --nothing --tokens "--tokens x" "--hq 3 --hk 2" "--profile fourier:2" \
-    "--profile coded:9" "--profile uniform:5"; do
+    "--profile coded:9" "--profile uniform:5" --index "--index --profile exact"; do
     # shellcheck disable=SC2086
     "$bench" $wrong >"$tmp/log" 2>&1
     [ $? -eq 2 ]

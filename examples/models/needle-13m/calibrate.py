@@ -11,9 +11,9 @@ Python package of libfkv, torch and transformers. Writes calibrated-4x.json and 
 import argparse
 import pathlib
 import re
+import sys
 import time
 
-import numpy
 import torch
 import transformers
 
@@ -22,20 +22,11 @@ from fkv import calibration
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent.parent
-RATIOS = (4, 12, 16, 20)
+sys.path.append(str(ROOT / 'examples'))
 
-# what is said, what is asked, what is answered
-SENTENCES = [
-    ('One of the special magic numbers for {k} is: {v}.',
-     'What is the special magic number for {k} mentioned in the provided text? The special magic '
-     'number for {k} mentioned in the provided text is', ' {v}.'),
-    ('The secret code of {k} is {v}.', 'Recall: the secret code of {k} is', ' {v}.'),
-    ('{k} = {v};', 'assert {k} ==', ' {v};'),
-    ('{k}: {v}', 'lookup {k} ->', ' {v}'),
-    ('The favorite word of {k} is {v}.', 'Question: what is the favorite word of {k}? Answer:',
-     ' {v}.'),
-    ('Remember that {k} lives in {v}.', 'So where does {k} live? In', ' {v}.'),
-]
+from needle_model.tasks import Mixer  # noqa: E402
+
+RATIOS = (4, 12, 16, 20)
 
 
 def read_corpus() -> bytes:
@@ -50,86 +41,6 @@ def read_corpus() -> bytes:
                 if len(text) > 60:
                     texts.append(text + '\n')
     return '\n'.join(texts).encode('ascii', 'ignore')
-
-
-class Mixer:
-    """Windows of prose, most of them with things to remember."""
-
-    def __init__(self, corpus: bytes, seed: int):
-        self.corpus = corpus
-        self.random = numpy.random.default_rng(seed)
-        self.words = sorted(set(re.findall(r'\b[a-z]{4,10}\b', corpus.decode())))
-
-    def word(self) -> str:
-        return self.words[self.random.integers(len(self.words))]
-
-    def name(self) -> str:
-        kind = self.random.random()
-        if kind < .6:
-            return f'{self.word()}-{self.word()}'
-        if kind < .75:
-            return f'{self.word()} {self.word()}'
-        return (f'{self.random.integers(1 << 32):08x}' if kind < .9
-                else f'{self.word().upper()}_{self.random.integers(100)}')
-
-    def value(self) -> str:
-        kind = self.random.random()
-        if kind < .6:
-            return ''.join(str(x) for x in self.random.integers(0, 10, self.random.integers(4, 9)))
-        return f'{self.random.integers(1 << 32):08x}' if kind < .75 else self.word()
-
-    def facts(self, length: int) -> list[tuple]:
-        """(place in 0..1, text, weights of its bytes)."""
-        count = max(1, int(self.random.choice([4, 16, 40, 80]) * length / 8192))
-        pieces = []
-        one = SENTENCES[self.random.integers(len(SENTENCES))] if self.random.random() < .6 else None
-        for _ in range(count):
-            said, asked, answered = one or SENTENCES[self.random.integers(len(SENTENCES))]
-            k, v = self.name(), self.value()
-            question, answer = asked.format(k=k), answered.format(v=v)
-            pieces.append(self._said(said, k, v))
-            at = pieces[-1][0]
-            when = at + (1 - at) * self.random.random() if self.random.random() < .6 else .99
-            pieces.append((when, question + answer, [.3] * len(question) + [4.] * len(answer)))
-        return pieces
-
-    def _said(self, said: str, k: str, v: str) -> tuple:
-        text = said.format(k=k, v=v)
-        start = text.rfind(v)
-        weights = [.3] * len(text)
-        weights[start:start + len(v)] = [0.] * len(v)  # nobody can guess it
-        return .95 * self.random.random(), text, weights
-
-    def passage(self) -> list[tuple]:
-        n = int(self.random.integers(40, 400))
-        start = int(self.random.integers(0, len(self.corpus) - n))
-        text = self.corpus[start:start + n].decode().replace('\n', ' ')
-        tag, at = self.name(), .7 * self.random.random()
-        head = f'<repeat {tag}>'
-        return [(at, f'<note {tag}>{text}</note>', [.3] * (len(tag) + n + 14)),
-                (at + (1 - at) * self.random.random(), f'{head}{text}</repeat>',
-                 [.3] * len(head) + [4.] * n + [.3] * 9)]
-
-    def window(self, length: int) -> tuple[list[int], list[float]]:
-        """Token ids and the weights of their losses."""
-        start = int(self.random.integers(0, len(self.corpus) - length))
-        prose = self.corpus[start:start + length].decode()
-        if self.random.random() < .3:
-            return list(prose.encode()), [1.] * length
-        pieces = self.facts(length)
-        if self.random.random() < .5:
-            pieces += self.passage()
-        room = length - sum(len(text) + 2 for _, text, _ in pieces)
-        out, weights, used = '', [], 0
-        for place, text, text_weights in sorted(pieces, key=lambda piece: piece[0]):
-            end = prose.rfind(' ', used, max(used, int(place * room)))
-            end = max(end, used)
-            out += prose[used:end] + '\n' + text + '\n'
-            weights += [1.] * (end - used) + [.3] + text_weights + [.3]
-            used = end
-        rest = prose[used:used + length - len(out)]
-        out, weights = out + rest, weights + [1.] * len(rest)
-        return list(out[-length:].encode()), weights[-length:]
 
 
 def main() -> None:
