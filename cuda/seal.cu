@@ -54,17 +54,18 @@ struct Part {
 
 __device__ inline Part part_of(const fkv_cuda_cache &c, const fkv_cuda_head &h, char *blob,
                                bool v) {
-    const int panel = c.unit * 4;
-    char *exact = blob + (h.k_steps + h.v_steps) * panel;
-    char *scales = exact + (h.k_exact + h.v_exact) * panel * 8;
+    const int panel = c.unit * 4, steps = v ? h.v_steps : h.k_steps;
+    const int exacts = v ? h.v_exact : h.k_exact;
+    char *codes = blob + (v ? h.k_bytes : 0);
+    char *exact = codes + steps * panel, *scales = exact + exacts * panel * 8;
     const fkv_plane *planes = (const fkv_plane *)c.planes;
-    return {v ? h.v_steps : h.k_steps,
-            v ? h.v_exact : h.k_exact,
+    return {steps,
+            exacts,
             planes + (v ? h.v_planes : h.k_planes),
             planes + (v ? h.v_exacts : h.k_exacts),
-            blob + (v ? h.k_steps * panel : 0),
-            exact + (v ? h.k_exact * panel * 8 : 0),
-            scales + (v ? h.k_steps * 64 : 0)};
+            codes,
+            exact,
+            scales};
 }
 
 /* values[d][t] := the unit's elements, `stride` apart */
@@ -136,6 +137,45 @@ __device__ inline int bits_of(const fkv_cuda_cache &c, const fkv_plane *planes, 
     return count == 2 && kinds[planes[i].channel] == 1 ? 3 : 2 * count;
 }
 
+/* The word number i of K's codes: where place_in_k() puts them. codes: [planes][16 TILES], tokens in order */
+template <int TILES>
+__device__ inline uint32_t gather_k(const uint8_t *codes, int steps, int i) {
+    constexpr int unit = TILES * 16;
+    const int pair = i / (2 * unit), within = i % (2 * unit);
+    const bool paired = 2 * pair + 1 < steps;
+    const int lane = paired ? within / 4 % 32 : within / (TILES / 2);
+    const int r = paired ? within % 4 : within % 2;
+    const int j = paired ? within / 128 : within % (TILES / 2) / 2;
+    const uint8_t *from = codes + (pair * 32 + r / 2 * 16 + lane % 4 * 4) * unit + j * 64 +
+                          lane / 4 + r % 2 * 8;
+    uint32_t word = 0;
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            word |= (uint32_t)from[b * unit + p * 16] << (8 * b + 2 * p);
+        }
+    }
+    return word;
+}
+
+template <int TILES> __device__ inline uint32_t gather_v(const uint8_t *codes, int i) {
+    constexpr int unit = TILES * 16;
+    const int panel = i / unit, lane = i % unit / (TILES / 2), w = i % (TILES / 2);
+    const uint8_t *from =
+        codes + (panel * 16 + lane / 4) * unit + w * 16 + lane % 4 * 2;
+    uint32_t word = 0;
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            word |= (uint32_t)from[p % 2 * 8 * unit + p / 2 * (unit / 2) + b / 2 + b % 2 * 8]
+                    << (8 * b + 2 * p);
+        }
+    }
+    return word;
+}
+
 template <typename T, int N>
 __global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c,
                                                         const fkv_cuda_attend a,
@@ -170,10 +210,11 @@ __global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c,
     __syncthreads();
     for (int i = warp; i < n; i += kThreads / 32) {
         const fkv_plane p = part.planes[i];
-        uint16_t *scale = (uint16_t *)part.scales + i, *zero = scale + n;
+        uint16_t *scale = (uint16_t *)part.scales + (v ? 2 * i : i);
+        uint16_t *zero = scale + (v ? 1 : n);
         if (p.channel < 0) {
             for (int j = 0; j < N; j++) {
-                codes[i * unit + lane + 32 * j] = 0;
+                codes[i * unit + in_order(unit, lane + 32 * j)] = 0;
             }
             *scale = *zero = 0;
         }
@@ -188,41 +229,30 @@ __global__ __launch_bounds__(kThreads) void seal_kernel(const fkv_cuda_cache c,
         for (int j = 0; j < N; j++) {
             const unsigned code = code_of(g, x[j], bits);
             for (int k = 0; k < planes; k++) {
-                codes[(i + k) * unit + lane + 32 * j] = code >> 2 * k & 3;
+                codes[(i + k) * unit + in_order(unit, lane + 32 * j)] = code >> 2 * k & 3;
             }
         }
         if (lane < planes) {
-            scale[lane] = g.scale;
-            zero[lane] = lane ? 0 : g.zero;
+            scale[v ? 2 * lane : lane] = g.scale;
+            zero[v ? 2 * lane : lane] = lane ? 0 : g.zero;
         }
         if (!lane) {
-            atomicMax(&top, exponent(Element<__half>::value(g.scale)));
+            atomicMax(&top, exponent(Element<__half>::value(g.scale)) + 2 * (planes - 1));
         }
     }
     __syncthreads();
-    constexpr int words = unit / 32; /* of a lane */
-    for (int i = threadIdx.x; i < part.steps * 32 * words; i += kThreads) {
-        const int w = i % words, l = i / words % 32, panel = i / words / 32;
-        uint32_t word = 0;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            const int half = j % 2, fragment = j / 2 % 2, r = j / 4 % 2, k = j / 8;
-            const int low = l / 4 + 8 * r, high = l % 4 * 2 + half + 8 * k;
-            const int channel = panel * 16 + (v ? low : high);
-            const int token = (2 * w + fragment) * 16 + (v ? high : low);
-            word |= (uint32_t)codes[channel * unit + token]
-                    << (16 * half + 8 * fragment + 2 * (r + 2 * k));
-        }
-        ((uint32_t *)part.codes)[i] = word;
+    for (int i = threadIdx.x; i < part.steps * unit; i += kThreads) {
+        ((uint32_t *)part.codes)[i] =
+            v ? gather_v<unit / 16>(codes, i) : gather_k<unit / 16>(codes, part.steps, i);
     }
     for (int i = threadIdx.x; i < part.exacts * unit * 16; i += kThreads) {
-        const int channel = i / unit, t = i % unit, d = part.wide[channel].channel;
+        const int channel = i / unit, t = in_order(unit, i % unit), d = part.wide[channel].channel;
         const int at = v ? in_fragment(channel % 16, t % 16) : in_fragment(t % 16, channel % 16);
         ((uint16_t *)part.exact)[(channel / 16 * (unit / 16) + t / 16) * 256 + at] =
-            d < 0 ? 0 : values[d * stride + t];
+            d < 0 ? 0 : values[d * stride + i % unit];
     }
     if (!v && !threadIdx.x) {
-        *(int *)(blob + head.bytes - 16) = top;
+        *(int *)(blob + head.k_bytes - 16) = top;
     }
 }
 

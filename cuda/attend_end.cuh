@@ -1,0 +1,205 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The end of a work item: the sums of its warps, added in order, become an output or a part of one. */
+#ifndef FKV_CUDA_ATTEND_END_CUH
+#define FKV_CUDA_ATTEND_END_CUH
+
+#include "attend.cuh"
+
+#include <math_constants.h>
+
+namespace fkv {
+
+/* A warp's sum in exact items: [tiles][32], columns as in attend_exact.cuh. */
+template <int H> __device__ float from_tile(const float4 *o, int row, int head) {
+    const float *x = (const float *)(o + row / 16 * 32 + row % 8 * 4);
+    const int half = row % 16 / 8 * 2;
+    float y = x[head / 2 * 4 + head % 2 + half];
+    if (H == 4) {
+        y += x[(head + 4) / 2 * 4 + head % 2 + half];
+    }
+    return y;
+}
+
+/* In coded items: [tiles][32] of a quad, (row, row + 8). */
+__device__ inline float from_coded(const float2 *o, int row, int head) {
+    return ((const float *)(o + row / 16 * 32 + row % 8 * 4 + head))[row % 16 / 8];
+}
+
+/* The warps' sums, in their order. `rows` of a part, plane `index`; everything in plane order. */
+template <int H>
+__device__ void add_planes(const Block<H> &b, const fkv_plane *planes, int rows, int first_row,
+                           int index) {
+    const int padded = (b.g.c.dim + 15) / 16 * 16;
+    float *out = b.template as<float>(b.at.out);
+    for (int i = b.thread; i < rows * H; i += kThreads) {
+        const fkv_plane p = planes[i / H];
+        const int h = i % H;
+        if (p.channel < 0 || p.index != index) {
+            continue;
+        }
+        float sum = 0.0f;
+        for (int w = 0; w < kWarps; w++) {
+            const float2 *o = (const float2 *)b.of_warp(w) + h / 4 * b.g.coded_tiles * 32;
+            sum = fmaf(from_coded(o, first_row + i / H, h % 4), b.maxima()[w * H + h], sum);
+        }
+        out[h * padded + p.channel] += sum * power2(2 * index);
+    }
+}
+
+/* b.maxima() becomes each warp's share, exp2(its maximum - that of all). */
+template <int H> __device__ void total_sums(const Block<H> &b) {
+    if (b.thread < H) {
+        float top = kLowest, sum = 0.0f;
+        for (int w = 0; w < kWarps; w++) {
+            top = fmaxf(top, b.maxima()[w * H + b.thread]);
+        }
+        for (int w = 0; w < kWarps; w++) {
+            const float share = fast_exp2(b.maxima()[w * H + b.thread] - top);
+            b.maxima()[w * H + b.thread] = share;
+            sum = fmaf(b.sums()[w * H + b.thread], share, sum);
+        }
+        b.total_max()[b.thread] = top;
+        b.total()[b.thread] = sum;
+    }
+}
+
+template <int H>
+__device__ void add_warps(const Block<H> &b, const fkv_cuda_item &item, const fkv_cuda_head &head) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int padded = (c.dim + 15) / 16 * 16;
+    float *out = b.template as<float>(b.at.out);
+    if (!item.coded) {
+        for (int i = b.thread; i < padded * H; i += kThreads) {
+            const int d = i / H, h = i % H;
+            float sum = 0.0f;
+            for (int w = 0; w < kWarps; w++) {
+                const float4 *o = (const float4 *)b.of_warp(w);
+                sum = fmaf(from_tile<H>(o, d, h), b.maxima()[w * H + h], sum);
+            }
+            out[h * padded + d] = sum;
+        }
+        return;
+    }
+    const float *mu = (const float *)c.carriers +
+                      ((size_t)(b.g.a.layer * 2 + 1) * c.n_kv_heads + item.head) * c.dim;
+    const uint8_t *kinds = (const uint8_t *)c.kinds +
+                           ((size_t)(b.g.a.layer * 2 + 1) * c.n_kv_heads + item.head) * c.dim;
+    for (int i = b.thread; i < padded * H; i += kThreads) {
+        const int d = i / H, h = i % H;
+        out[h * padded + d] = d < c.dim && kinds[d] != 2 ? b.total()[h] * mu[d] : 0.0f;
+    }
+    const fkv_plane *planes = (const fkv_plane *)c.planes;
+    for (int index = 0; index < 4; index++) {
+        __syncthreads();
+        add_planes(b, planes + head.v_planes, head.v_steps * 16, 0, index);
+    }
+    __syncthreads();
+    add_planes(b, planes + head.v_exacts, head.v_exact * 16, head.v_steps * 16, 0);
+}
+
+template <int H>
+__device__ void write_output(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                             int h, const float *o, float top, float sum) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int64_t token = row.offset + item.query;
+    const int head = item.head * c.group + item.q_first + h;
+    char *to = (char *)row_at(b.g.a.out, token, head);
+    const float inverse = sum > 0.0f ? 1.0f / sum : sum == 0.0f ? 0.0f : sum;
+    for (int d = b.lane; d < c.dim; d += 32) {
+        store_element(to, b.g.a.out.dtype, d, o[d] * inverse);
+    }
+    if (b.g.a.lse.present && !b.lane) {
+        *(float *)row_at(b.g.a.lse, token, head) =
+            sum == 0.0f ? -CUDART_INF_F : (top - kPBits + log2f(sum)) * 0.69314718055994531f;
+    }
+}
+
+/* The parts of one output, in order. */
+template <int H>
+__device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int stride = c.dim + 2, group = min(c.group, FKV_CUDA_MAX_GROUP);
+    const int padded = (c.dim + 15) / 16 * 16;
+    const float *parts = (const float *)b.g.a.partials + (size_t)item.slot * group * stride;
+    float *out = b.template as<float>(b.at.out);
+    for (int h = b.warp; h < item.q_count; h += kWarps) {
+        float top = kLowest, sum = 0.0f;
+        for (int i = b.lane; i < item.parts; i += 32) {
+            top = fmaxf(top, __ldcg(parts + ((size_t)i * group + h) * stride + c.dim));
+        }
+        for (int i = 16; i; i /= 2) {
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+        }
+        for (int i = b.lane; i < item.parts; i += 32) {
+            const float *part = parts + ((size_t)i * group + h) * stride + c.dim;
+            sum = fmaf(__ldcg(part + 1), fast_exp2(__ldcg(part) - top), sum);
+        }
+        for (int i = 16; i; i /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, i);
+        }
+        if (!b.lane) {
+            b.total_max()[h] = top;
+            b.total()[h] = sum;
+        }
+    }
+    __syncthreads();
+    for (int j = b.thread; j < item.q_count * c.dim; j += kThreads) {
+        const int h = j / c.dim, d = j % c.dim;
+        const float *part = parts + (size_t)h * stride;
+        const float top = b.total_max()[h];
+        float o = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < item.parts; i++) {
+            const float *at = part + (size_t)i * group * stride;
+            o = fmaf(__ldcg(at + d), fast_exp2(__ldcg(at + c.dim) - top), o);
+        }
+        out[h * padded + d] = o;
+    }
+    __syncthreads();
+    for (int h = b.warp; h < item.q_count; h += kWarps) {
+        write_output(b, row, item, h, out + h * padded, b.total_max()[h], b.total()[h]);
+    }
+}
+
+template <int H>
+__device__ void end_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                         unsigned *last) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int padded = (c.dim + 15) / 16 * 16;
+    const float *out = b.template as<float>(b.at.out);
+    if (item.parts == 1) {
+        for (int h = b.warp; h < item.q_count; h += kWarps) {
+            write_output(b, row, item, h, out + h * padded, b.total_max()[h], b.total()[h]);
+        }
+        return;
+    }
+    const int stride = c.dim + 2, group = min(c.group, FKV_CUDA_MAX_GROUP);
+    float *part = (float *)b.g.a.partials + (size_t)(item.slot + item.part) * group * stride;
+    for (int h = b.warp; h < item.q_count; h += kWarps) {
+        for (int d = b.lane; d < c.dim; d += 32) {
+            part[h * stride + d] = out[h * padded + d];
+        }
+        if (!b.lane) {
+            part[h * stride + c.dim] = b.total_max()[h];
+            part[h * stride + c.dim + 1] = b.total()[h];
+        }
+    }
+    __threadfence();
+    __syncthreads();
+    if (!b.thread) {
+        unsigned *counter = (unsigned *)b.g.a.counters + 1 + item.output;
+        *last = atomicAdd(counter, 1) == (unsigned)item.parts - 1;
+        if (*last) {
+            *counter = 0;
+        }
+    }
+    __syncthreads();
+    if (*last) {
+        __threadfence();
+        merge_parts(b, row, item);
+    }
+}
+
+} // namespace fkv
+
+#endif /* FKV_CUDA_ATTEND_END_CUH */

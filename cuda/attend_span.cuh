@@ -1,0 +1,333 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A work item of codes: what its warps share, and the way of units through shared memory. Each warp takes a run of
+ * units and waits for no other. Carriers' weights are turned to the start of a span, then to a unit's middle.
+ */
+#ifndef FKV_CUDA_ATTEND_SPAN_CUH
+#define FKV_CUDA_ATTEND_SPAN_CUH
+
+#include "attend_coded.cuh"
+
+namespace fkv {
+
+/* Queries times carriers: [pairs][H] (a, b), and what does not turn. */
+template <int H> __device__ void weigh_carriers(const Block<H> &b, const fkv_cuda_item &item) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int pairs = c.rope_dim / 2, all = padded_pairs(c), padded = (c.dim + 15) / 16 * 16;
+    const float *mu =
+        (const float *)c.carriers + ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
+    const uint8_t *kinds =
+        (const uint8_t *)c.kinds + ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
+    const float *q = b.template as<float>(b.at.q);
+    float2 *to = b.template as<float2>(b.at.pairs);
+    for (int h = b.warp; h < H; h += kWarps) {
+        float sum = 0.0f, rest = 0.0f;
+        for (int j = b.lane; j < all; j += 32) {
+            float2 w = make_float2(0.0f, 0.0f);
+            if (j < pairs) {
+                const int d = c.rope_layout == 2 ? 2 * j : j;
+                const int e = c.rope_layout == 2 ? d + 1 : d + pairs;
+                /* exact channels are held with their carriers */
+                const float qd = kinds[d] == 2 ? 0.0f : q[h * padded + d];
+                const float qe = kinds[e] == 2 ? 0.0f : q[h * padded + e];
+                w.x = (float)c.rope_scaling * (qd * mu[d] + qe * mu[e]);
+                w.y = (float)c.rope_scaling * (qe * mu[d] - qd * mu[e]);
+            }
+            to[j * H + h] = w;
+            sum += fabsf(w.x) + fabsf(w.y);
+        }
+        for (int d = b.lane; d < c.dim; d += 32) {
+            sum += kinds[d] == 2 ? fabsf(q[h * padded + d]) : 0.0f;
+        }
+        for (int d = c.rope_dim + b.lane; d < c.dim; d += 32) {
+            rest += kinds[d] == 2 ? 0.0f : q[h * padded + d] * mu[d];
+        }
+        for (int i = 16; i; i /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, i);
+            rest += __shfl_xor_sync(~0u, rest, i);
+        }
+        if (!b.lane) {
+            b.carrier_norm()[h] = power2(max(exponent(sum), -60) + 1 - kWBits);
+            b.constant()[h] = rest + 0.0f * sum; /* not a number if one of them is none */
+        }
+    }
+}
+
+/* Factors of K's planes: for scales as numbers, for zero points and exact channels as fragments. */
+template <int H>
+__device__ void make_plane_factors(const Block<H> &b, const fkv_cuda_head &head) {
+    const int padded = (b.g.c.dim + 15) / 16 * 16;
+    const fkv_plane *planes = (const fkv_plane *)b.g.c.planes;
+    const float *q = b.template as<float>(b.at.q);
+    const auto factor = [&](int first, int i, int h, const float *norm) {
+        const fkv_plane p = planes[first + i];
+        return p.channel < 0 ? 0.0f : q[h * padded + p.channel] / norm[h] * power2(2 * p.index);
+    };
+    for (int i = b.thread; i < head.k_steps * 16 * H; i += kThreads) {
+        const int panel = i / (16 * H), h = i / 16 % H;
+        b.template as<float>(b.at.planes)[i] =
+            factor(head.k_planes, panel * 16 + i % 16, h, b.code_norm());
+    }
+    const int steps = head.k_steps, quads = H / 4;
+    for (int i = b.thread; i < (steps + head.k_exact) * 32 * quads; i += kThreads) {
+        const int lane = i % 32, panel = i / 32 / quads, quad = i / 32 % quads;
+        const int h = quad * 4 + lane / 8, k = lane % 4 * 2;
+        const bool exact = panel >= steps;
+        const int row = (exact ? panel - steps : panel) * 16 + k;
+        const int first = exact ? head.k_exacts : head.k_planes;
+        const float *norm = exact ? b.carrier_norm() : b.norm();
+        const auto at = [&](int r) {
+            return planes[first + row + r].index ? 0.0f : factor(first, row + r, h, norm);
+        };
+        const uint32_t cut = cut_of(lane);
+        const uint2 x = make_uint2(split_halves(at(0), at(1), cut), split_halves(at(8), at(9), cut));
+        if (exact) {
+            b.template as<uint2>(b.at.exacts)[(quad * b.g.k_exacts / 16 + panel - steps) * 32 + lane] = x;
+        } else {
+            b.template as<uint2>(b.at.bases)[(quad * b.g.k_planes / 16 + panel) * 32 + lane] = x;
+        }
+    }
+}
+
+/* What a warp keeps of the span it is in. */
+template <int H> struct Span {
+    float2 *phases, *turned; /* [pairs], [H][fast] */
+    float *slow;             /* [16][H] */
+
+    __device__ explicit Span(const Block<H> &b) {
+        char *own = b.of_warp(b.warp);
+        phases = (float2 *)(own + b.at.phases);
+        turned = (float2 *)(own + b.at.turned);
+        slow = (float *)(own + b.at.slow);
+    }
+};
+
+/* cos and sin of the pairs' angles: at the span's start, or at its middle for slow pairs. */
+template <int H> __device__ void turn_phases(const Block<H> &b, const Span<H> &s, int span) {
+    const fkv_cuda_cache &c = b.g.c;
+    const double start = (double)c.sinks + (double)span * (FKV_SPAN * c.unit);
+    const double middle = start + 0.5 * (FKV_SPAN * c.unit - 1);
+    for (int j = b.lane; j < padded_pairs(c); j += 32) {
+        float x = 0.0f, y = 1.0f;
+        if (j < c.rope_dim / 2) {
+            const double z = (j < c.fast ? start : middle) * ((const double *)c.inv_freq)[j] *
+                             0.15915494309189533577;
+            sincospif(2.0f * (float)(z - rint(z)), &x, &y);
+        }
+        s.phases[j] = make_float2(y, x);
+    }
+}
+
+/* Weights of the fast pairs turned to the span's start. */
+template <int H> __device__ void turn_fast(const Block<H> &b, const Span<H> &s) {
+    const float2 *w = b.template as<float2>(b.at.pairs);
+    const int fast = b.g.c.fast;
+    for (int h = 0; h < H; h++) {
+        const float by = 1.0f / b.carrier_norm()[h];
+        for (int j = b.lane; j < fast; j += 32) {
+            const float2 x = w[j * H + h], t = s.phases[j];
+            s.turned[h * fast + j] =
+                make_float2((x.x * t.x + x.y * t.y) * by, (x.y * t.x - x.x * t.y) * by);
+        }
+    }
+}
+
+/* Coefficients of the polynomials that stand for the slow pairs: cosines give to even ones, sines to odd ones. */
+template <int H> __device__ void turn_slow(const Block<H> &b, const Span<H> &s) {
+    const fkv_cuda_cache &c = b.g.c;
+    const float2 *w = b.template as<float2>(b.at.pairs);
+    const uint32_t cut = cut_of(b.lane);
+    const int k = b.lane % 4;
+    for (int quad = 0; quad < H / 4; quad++) {
+        const int head = quad * 4 + b.lane / 8;
+        const float by = 1.0f / b.carrier_norm()[head];
+        const auto factor = [&](int j) {
+            const float2 x = w[j * H + head], t = s.phases[j];
+            return split_halves((x.x * t.x + x.y * t.y) * by, (x.y * t.x - x.x * t.y) * by, cut);
+        };
+        float acc[4] = {};
+        for (int i = c.fast; i < padded_pairs(c); i += 8) {
+            const uint2 f = make_uint2(factor(i + k), factor(i + k + 4));
+            const uint4 *a = (const uint4 *)c.project + (i - c.fast) * 8 + b.lane;
+            multiply_halves(acc, __ldg(a), f);
+            multiply_halves(acc, __ldg(a + 32), f);
+        }
+        float *to = s.slow + quad * 4 + k;
+        to[b.lane / 4 * H] = acc[0] + acc[1];
+        to[(b.lane / 4 + 8) * H] = acc[2] + acc[3];
+    }
+}
+
+template <int H> __device__ void begin_span(const Block<H> &b, const Span<H> &s, int span) {
+    __syncwarp();
+    turn_phases(b, s, span);
+    __syncwarp();
+    turn_fast(b, s);
+    turn_slow(b, s);
+    __syncwarp();
+}
+
+/* A warp's units on their way to shared memory: K and V have a place each, which is filled again as soon as it was
+ * read. */
+struct Conveyor {
+    char *memory;
+    uint64_t *barriers; /* of K and V */
+    int k_bytes, v_bytes, k_room, lane;
+    bool staged;
+    uint32_t passed; /* units so far */
+    const char *at;  /* the unit in hand, if it is not staged */
+
+    __device__ __forceinline__ void issue(const char *from, int bytes, int part) {
+        char *to = memory + (part ? k_room : 0);
+#if FKV_BULK
+        if (from && !lane && bytes) {
+            bulk_copy(to, from, bytes, &barriers[part]);
+        }
+#else
+        for (int i = lane * 16; from && i < bytes; i += 512) {
+            copy_async(to + i, from + i);
+        }
+        copies_commit(); /* also if there is nothing: groups are counted */
+#endif
+    }
+    __device__ __forceinline__ void issue_k(const char *unit) {
+        if (staged) {
+            issue(unit, k_bytes, 0);
+        }
+    }
+    __device__ __forceinline__ void issue_v(const char *unit) {
+        if (staged) {
+            issue(unit ? unit + k_bytes : nullptr, v_bytes, 1);
+        }
+    }
+    __device__ __forceinline__ void wait(int part) const {
+#if FKV_BULK
+        if (part ? v_bytes : k_bytes) {
+            barrier_wait(&barriers[part], passed & 1);
+        }
+#else
+        copies_wait(true); /* all but the other part's, which came later */
+        __syncwarp();
+#endif
+    }
+};
+
+/* view_of: of a quad */
+template <typename T, int MT, int H, bool Staged, typename F>
+__device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, const char *next,
+                                         const F &view_of, int unit, int here,
+                                         CodedRunning (&r)[H / 4]) {
+    const char *k = Staged ? belt.memory : belt.at;
+    const char *v = Staged ? belt.memory + belt.k_room : belt.at + belt.k_bytes;
+    if (Staged) {
+        belt.wait(0);
+    }
+#pragma unroll
+    for (int quad = 0; quad < H / 4; quad++) {
+        const CodedView view = view_of(quad);
+        float2 *o = (float2 *)b.of_warp(b.warp) + quad * b.g.coded_tiles * 32;
+        Scores<MT> s;
+        uint32_t x[MT][2];
+        Weights<MT> w;
+        score_codes<T, MT, H>(k, view, b.lane, s);
+        if (view.head.k_exact) {
+            score_exact<MT>(k, view, b.lane, s);
+        }
+        if (Staged && quad == H / 4 - 1) {
+            __syncwarp();
+            belt.issue_k(next);
+        }
+        if (view.head.carried) {
+            score_carriers<MT, H>(view, unit % FKV_SPAN, b.lane, s);
+        } else {
+            const float none[MT][2] = {};
+            scale_scores<MT>(s, none);
+        }
+        soften_unit<MT>(s.s, view, s.add, here, b.lane, r[quad], w, x);
+        if (Staged && !quad) {
+            belt.wait(1);
+        }
+        if (view.head.v_exact) {
+            add_exact_values<MT>(v + view.head.v_steps * MT * 64, x, view.head.v_exact, w.alpha,
+                                 w.beta, b.lane, o + view.head.v_steps * 32);
+        }
+        gather_codes<MT>(v, view, w, b.lane, o);
+    }
+    if (Staged) {
+        __syncwarp();
+        belt.issue_v(next);
+        belt.passed++;
+    }
+}
+
+template <typename T, int MT, int H, bool Staged>
+__device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                           const fkv_cuda_head &head, CodedRunning (&r)[H / 4], uint32_t &passed) {
+    const fkv_cuda_cache &c = b.g.c;
+    const uint64_t *table = (const uint64_t *)row.table + b.g.a.layer * row.slots + 1;
+    const int tiles = c.units_per_block * c.unit / 64,
+              unit_bytes = ((const int *)c.unit_bytes)[b.g.a.layer];
+    const int visible = visible_tokens(b.g, row, item) - c.sinks;
+    const int count = min(item.count, (visible + c.unit - 1) / c.unit - item.first);
+    const int first = item.first + count * b.warp / kWarps;
+    const int end = item.first + count * (b.warp + 1) / kWarps;
+    const auto unit_at = [&](int unit) {
+        return unit < end ? (const char *)table[unit / c.units_per_block * tiles] +
+                                unit % c.units_per_block * (size_t)unit_bytes + head.offset
+                          : nullptr;
+    };
+    Conveyor belt = {b.of_warp(b.warp) + b.at.stage,
+                     b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
+                     head.k_bytes,
+                     head.bytes - head.k_bytes,
+                     b.g.k_stage,
+                     b.lane,
+                     Staged,
+                     passed,
+                     unit_at(first)};
+    const char *next = unit_at(first + 1); /* addresses early: tables are far away */
+    belt.issue_k(belt.at);
+    belt.issue_v(belt.at);
+    const Span<H> span(b);
+    float by[H / 4]; /* sums of codes to units of the carriers' norm */
+#pragma unroll
+    for (int quad = 0; quad < H / 4; quad++) {
+        by[quad] = b.code_norm()[quad * 4 + b.lane % 4] / b.carrier_norm()[quad * 4 + b.lane % 4];
+    }
+    const auto view_of = [&](int quad) {
+        const int h = quad * 4 + b.lane % 4;
+        return CodedView{head,
+                         b.template as<float>(b.at.planes) + quad * 64,
+                         b.template as<uint2>(b.at.bases) + quad * b.g.k_planes / 16 * 32,
+                         b.template as<uint2>(b.at.exacts) + quad * b.g.k_exacts / 16 * 32,
+                         b.template as<uint4>(b.at.basis),
+                         (const uint4 *)c.sections,
+                         (const float2 *)c.turns,
+                         span.turned + quad * 4 * c.fast,
+                         span.slow + quad * 4,
+                         c.fast,
+                         by[quad],
+                         b.norm()[h],
+                         b.carrier_norm()[h],
+                         b.constant()[h]};
+    };
+    for (int unit = first; unit < end; unit++) {
+        if (head.carried && (unit == first || unit % FKV_SPAN == 0)) {
+            begin_span(b, span, unit / FKV_SPAN);
+        }
+        const char *second = unit_at(unit + 2);
+        one_unit<T, MT, H, Staged>(b, belt, next, view_of, unit,
+                                   min(visible - unit * c.unit, c.unit), r);
+        belt.at = next;
+        next = second;
+    }
+#if !FKV_BULK
+    copies_wait(false);
+    __syncwarp();
+#endif
+    passed = belt.passed;
+}
+
+} // namespace fkv
+
+#endif /* FKV_CUDA_ATTEND_SPAN_CUH */
