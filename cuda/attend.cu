@@ -47,14 +47,12 @@ __device__ void run_coded(const Block<H> &b, const fkv_cuda_row &row, const fkv_
     for (int quad = 0; quad < H / 4; quad++) {
         r[quad] = {kLowest, 0.0f};
     }
-    weigh_carriers(b, item);
-    __syncthreads();
-    make_plane_factors(b, head);
-    __syncthreads();
-    if (head.k_bytes <= b.g.k_stage && head.bytes - head.k_bytes <= b.g.v_stage) {
-        coded_item<T, MT, H, true>(b, row, item, head, r, passed);
+    if (head.bytes <= b.g.stage) {
+        coded_item<T, MT, H, 2>(b, row, item, head, r, passed);
+    } else if (head.k_bytes <= b.g.stage) {
+        coded_item<T, MT, H, 1>(b, row, item, head, r, passed);
     } else {
-        coded_item<T, MT, H, false>(b, row, item, head, r, passed);
+        coded_item<T, MT, H, 0>(b, row, item, head, r, passed);
     }
 #pragma unroll
     for (int quad = 0; quad < H / 4; quad++) {
@@ -83,6 +81,10 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
         for (int i = b.thread; i < basis_bytes(g.c) / 16; i += kThreads) {
             basis[i] = __ldg((const uint4 *)g.c.basis + i);
         }
+        float2 *turns = b.template as<float2>(b.at.turns);
+        for (int i = b.thread; i < FKV_SPAN * g.c.fast; i += kThreads) {
+            turns[i] = __ldg((const float2 *)g.c.turns + i);
+        }
     }
 #if FKV_BULK
     if (b.thread < kWarps * kStages) {
@@ -91,7 +93,11 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncthreads();
 #endif
-    for (int i = blockIdx.x; i < n_items;) {
+    for (int i = blockIdx.x;;) {
+        fetch_work(g, i, n_items, &work);
+        if (i >= n_items) {
+            break;
+        }
         if (!b.thread) {
             /* one for every item altogether; who draws the last sets the counter back */
             unsigned *counter = (unsigned *)g.a.counters;
@@ -101,7 +107,6 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
             }
             taken = gridDim.x + drawn;
         }
-        fetch_work(g, i, &work);
         clear_sums(b);
         __syncthreads();
         load_query(b, row, item, Queries<T>::top);
@@ -162,14 +167,13 @@ template <typename T, int MT, int H> cudaError_t launch(Arguments &g, cudaStream
     return cudaLaunchKernelEx(&config, attend_kernel<T, MT, H>, (const Arguments &)g);
 }
 
-/* Room for units such that two blocks fit on a multiprocessor. Heads with larger ones read where they lie. */
+/* Room for units such that two blocks fit on a multiprocessor. Parts of larger ones are read where they lie. */
 template <int H> void choose_stages(Arguments &g) {
-    constexpr int room = 112 << 10;
-    const int most = (room - layout<H>(g).bytes) / kWarps / 256 * 256;
-    g.k_stage = (g.c.most_k_bytes + 127) / 128 * 128;
-    g.v_stage = (g.c.most_v_bytes + 127) / 128 * 128;
-    if (g.k_stage + g.v_stage > most) {
-        g.k_stage = g.v_stage = most > 0 ? most / 2 : 0;
+    constexpr int room = 112 << 10; /* of 227 KiB and what the system takes of it */
+    const int most = (room - layout<H>(g).bytes) / kWarps / 128 * 128;
+    g.stage = (g.c.most_bytes + 127) / 128 * 128;
+    if (g.stage > most) {
+        g.stage = most > 0 ? most : 0;
     }
 }
 
@@ -196,7 +200,7 @@ template <typename T> cudaError_t by_unit(Arguments &g, cudaStream_t stream) {
 
 cudaError_t fkv_cuda_attend_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a,
                                    cudaStream_t stream) {
-    fkv::Arguments g = {c, a, 0, 0, 0, 0, 0, (c.dim + 15) / 16, {}};
+    fkv::Arguments g = {c, a, 0, 0, 0, 0, (c.dim + 15) / 16, {}};
     if (c.coded) {
         g.k_planes = c.most_k_planes;
         g.k_exacts = c.most_k_exacts;

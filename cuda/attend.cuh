@@ -28,7 +28,7 @@ constexpr int kStage = kStagePanels * 2048;
 
 /* Shared memory of a block; offsets in bytes from the start. */
 struct Shared {
-    int stats, q, out, factors, planes, bases, exacts, pairs, basis;
+    int stats, q, out, factors, planes, bases, exacts, pairs, basis, turns;
     int warps, warp_bytes;            /* of each warp: sums, a place for units or pages, then */
     int stage, turned, slow, phases; /* these, from the warp's start */
     int barriers, bytes;
@@ -38,7 +38,7 @@ struct Arguments {
     fkv_cuda_cache c;
     fkv_cuda_attend a;
     int k_planes, k_exacts;       /* most of a head */
-    int k_stage, v_stage;         /* room for the two parts of a unit in shared memory */
+    int stage;                    /* room for a unit in a warp's shared memory */
     int coded_tiles, exact_tiles; /* 16 channels of a warp's sums */
     Shared at;
 };
@@ -61,17 +61,20 @@ template <int H> inline Shared layout(const Arguments &g) {
     Shared s = {};
     s.stats = 0; /* see Block */
     s.q = s.stats + (kWarps * 2 + 8) * H * 4;
-    s.out = s.q + H * padded * 4;
-    s.factors = s.out + H * padded * 4;
-    s.planes = s.factors + padded / 16 * 32 * quads * 8;
+    s.out = s.q; /* factors have been made of q by then */
+    s.factors = s.planes = s.q + H * padded * 4; /* of exact items and of coded ones */
     s.bases = s.planes + g.k_planes * H * 4;
     s.exacts = s.bases + g.k_planes / 16 * 256 * quads;
     s.pairs = s.exacts + g.k_exacts / 16 * 256 * quads;
     s.basis = s.pairs + pairs * H * 8;
-    s.warps = (s.basis + (c.coded ? basis_bytes(c) : 0) + 127) / 128 * 128;
+    if (s.basis < s.factors + padded / 16 * 256 * quads) {
+        s.basis = s.factors + padded / 16 * 256 * quads;
+    }
+    s.turns = s.basis + (c.coded ? basis_bytes(c) : 0);
+    s.warps = (s.turns + (c.coded ? FKV_SPAN * c.fast * 8 : 0) + 127) / 128 * 128;
     if (c.coded) {
         s.stage = g.coded_tiles * 256 * quads;
-        s.turned = s.stage + g.k_stage + g.v_stage;
+        s.turned = s.stage + g.stage;
         s.slow = s.turned + c.fast * H * 8;
         s.phases = s.slow + FKV_CUDA_CHEBYSHEV * H * 4;
         s.warp_bytes = s.phases + pairs * 8;
@@ -115,6 +118,9 @@ template <int H> struct Block {
     __device__ float *carrier_norm() const { /* of carriers' weights and exact channels, a power of two */
         return norm() + 2 * H;
     }
+    __device__ float *carrier_by() const { /* 1 / carrier_norm */
+        return norm() + 6 * H;
+    }
     __device__ float *constant() const { /* score of the carriers that do not turn */
         return norm() + 3 * H;
     }
@@ -137,26 +143,32 @@ struct Work {
     fkv_cuda_head head;
 };
 
-/* Brought there by two loads that depend on each other; the head only for items of codes. */
-__device__ inline void fetch_work(const Arguments &g, int i, Work *work) {
+/* Brought there by two loads that depend on each other. The first does not wait for the number of items: lists have
+ * room for an item of every block. */
+__device__ inline void fetch_work(const Arguments &g, int i, int n_items, Work *work) {
+    if (i >= (int)gridDim.x && i >= n_items) {
+        return;
+    }
     const int32_t *item = (const int32_t *)((const fkv_cuda_item *)g.a.items + i);
     const int t = threadIdx.x;
     constexpr int item_words = sizeof(fkv_cuda_item) / 4, row_words = sizeof(fkv_cuda_row) / 4;
     constexpr int head_words = sizeof(fkv_cuda_head) / 4;
     const int32_t *from = nullptr;
     int32_t *to = nullptr;
+    const int row = __ldcg(item), head = g.a.layer * g.c.n_kv_heads + __ldcg(item + 1);
+    if (i >= n_items) {
+        return;
+    }
     if (t < 32) {
         from = t < item_words ? item + t : nullptr;
         to = (int32_t *)&work->item + t;
     } else if (t < 64) {
-        const int row = __ldcg(item); /* its first field */
-        from = t - 32 < row_words ? (const int32_t *)((const fkv_cuda_row *)g.a.rows + row) + t - 32
-                                  : nullptr;
+        const int32_t *at = (const int32_t *)((const fkv_cuda_row *)g.a.rows + row);
+        from = t - 32 < row_words ? at + t - 32 : nullptr;
         to = (int32_t *)&work->row + t - 32;
     } else if (t < 96 && g.c.coded) {
-        const int head = g.a.layer * g.c.n_kv_heads + __ldcg(item + 1);
-        from = t - 64 < head_words ? (const int32_t *)((const fkv_cuda_head *)g.c.heads + head) + t - 64
-                                   : nullptr;
+        const int32_t *at = (const int32_t *)((const fkv_cuda_head *)g.c.heads + head);
+        from = t - 64 < head_words ? at + t - 64 : nullptr;
         to = (int32_t *)&work->head + t - 64;
     }
     if (from) {

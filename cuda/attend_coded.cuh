@@ -105,9 +105,8 @@ struct CodedRunning {
 /* Factors of four planes for the lane's column: q * scale rounded to an integer, then its digit. */
 template <typename T> struct KeyDigits {
     uint32_t first, fix_or, fix_sub, fix_xor;
-    float magic;
 
-    __device__ KeyDigits(int lane, int e) {
+    __device__ explicit KeyDigits(int lane) {
         /* columns 2 t: the higher digit; digits but the highest are stored with 128 added */
         const bool low = lane & 4;
         const uint32_t byte = Queries<T>::digits - 1 - low;
@@ -118,9 +117,13 @@ template <typename T> struct KeyDigits {
             fix_or = fix_xor = 0x80808080u;
             fix_sub = 0x40404040u;
         }
-        magic = Queries<T>::magic * power2(e);
     }
-    __device__ __forceinline__ void make(uint32_t (&b)[2], const float *q, const char *scales) const {
+    /* For scales with the largest exponent e: added to a factor it leaves its digits in the low bits. */
+    static __device__ __forceinline__ float magic(int e) {
+        return Queries<T>::magic * power2(e);
+    }
+    __device__ __forceinline__ void make(uint32_t (&b)[2], const float *q, const char *scales,
+                                         float magic) const {
         const float4 x = *(const float4 *)q;
         const uint2 s = *(const uint2 *)scales;
         const float2 s0 = two_halves(s.x), s2 = two_halves(s.y);
@@ -158,14 +161,14 @@ template <int MT> struct Scores {
 
 /* Scores of the codes. */
 template <typename T, int MT, int H>
-__device__ __forceinline__ void score_codes(const char *part, const CodedView &v, int lane,
-                                            Scores<MT> &s) {
+__device__ __forceinline__ void score_codes(const char *part, const CodedView &v,
+                                            const KeyDigits<T> &digits, int lane, Scores<MT> &s) {
     constexpr int D = Queries<T>::digits, G = (D + 1) / 2, panel = MT * 64;
     const int steps = v.head.k_steps, t = lane % 4;
     const char *scales = part + steps * panel + v.head.k_exact * panel * 8;
     const char *zeros = scales + steps * 32;
     const int e = *(const int *)(zeros + steps * 32);
-    const KeyDigits<T> digits(lane, e);
+    const float magic = KeyDigits<T>::magic(e);
     const float *q = v.planes + lane / 8 * 16 + t * 4;
     float base[4] = {};
     int c[G][MT][4] = {};
@@ -176,8 +179,8 @@ __device__ __forceinline__ void score_codes(const char *part, const CodedView &v
     }
     for (int i = 0; i + 1 < steps; i += 2) {
         uint32_t b0[2], b1[2];
-        digits.make(b0, q + i * H * 16, scales + i * 32 + t * 8);
-        digits.make(b1, q + (i + 1) * H * 16, scales + i * 32 + 32 + t * 8);
+        digits.make(b0, q + i * H * 16, scales + i * 32 + t * 8, magic);
+        digits.make(b1, q + (i + 1) * H * 16, scales + i * 32 + 32 + t * 8, magic);
 #pragma unroll
         for (int j = 0; j < MT / 4; j++) {
             const uint4 w = ((const uint4 *)(part + i * panel))[j * 32 + lane];
@@ -193,7 +196,7 @@ __device__ __forceinline__ void score_codes(const char *part, const CodedView &v
     }
     if (steps & 1) {
         uint32_t b[2];
-        digits.make(b, q + (steps - 1) * H * 16, scales + (steps - 1) * 32 + t * 8);
+        digits.make(b, q + (steps - 1) * H * 16, scales + (steps - 1) * 32 + t * 8, magic);
 #pragma unroll
         for (int j = 0; j < MT / 4; j++) {
             const uint2 w =
@@ -264,7 +267,7 @@ struct Turned {
     uint32_t even, odd;
 };
 __device__ __forceinline__ Turned turn_pairs(const float2 *turned, const float2 *turns, uint32_t cut) {
-    const float4 w = *(const float4 *)turned, t = __ldg((const float4 *)turns);
+    const float4 w = *(const float4 *)turned, t = *(const float4 *)turns;
     return {split_halves(w.x * t.x + w.y * t.y, w.z * t.z + w.w * t.w, cut),
             split_halves(w.y * t.x - w.x * t.y, w.w * t.z - w.z * t.w, cut)};
 }
@@ -403,6 +406,17 @@ __device__ __forceinline__ void soften_unit(float (&s)[MT][2], const CodedView &
     r.sum = fmaf(r.sum, w.alpha, w.total);
 }
 
+template <int MT>
+__device__ __forceinline__ void load_words(uint32_t (&word)[MT / 2], const char *panel, int lane) {
+    if (MT == 8) {
+        const uint4 x = ((const uint4 *)panel)[lane];
+        word[0] = x.x, word[1] = x.y, word[MT / 2 - 2] = x.z, word[MT / 2 - 1] = x.w;
+    } else {
+        const uint2 x = ((const uint2 *)panel)[lane];
+        word[0] = x.x, word[1] = x.y;
+    }
+}
+
 /* o[panel] := o * alpha + scale * (weights times codes) + zero point * total */
 template <int MT>
 __device__ __forceinline__ void gather_codes(const char *part, const CodedView &v,
@@ -410,14 +424,17 @@ __device__ __forceinline__ void gather_codes(const char *part, const CodedView &
     constexpr int panel = MT * 64, each = MT / 4;
     const char *scales = part + v.head.v_steps * panel + v.head.v_exact * panel * 8;
     const float beta0 = w.beta * 0.0625f, beta8 = w.beta * 0.015625f;
+    uint32_t word[MT / 2], ahead[MT / 2];
+    if (v.head.v_steps) {
+        load_words<MT>(ahead, part, lane);
+    }
     for (int i = 0; i < v.head.v_steps; i++) {
-        uint32_t word[MT / 2];
-        if (MT == 8) {
-            const uint4 x = ((const uint4 *)(part + i * panel))[lane];
-            word[0] = x.x, word[1] = x.y, word[MT / 2 - 2] = x.z, word[MT / 2 - 1] = x.w;
-        } else {
-            const uint2 x = ((const uint2 *)(part + i * panel))[lane];
-            word[0] = x.x, word[1] = x.y;
+#pragma unroll
+        for (int j = 0; j < MT / 2; j++) {
+            word[j] = ahead[j];
+        }
+        if (i + 1 < v.head.v_steps) {
+            load_words<MT>(ahead, part + (i + 1) * panel, lane);
         }
         const float2 c0 = two_halves(*(const uint32_t *)(scales + i * 64 + lane / 4 * 4));
         const float2 c8 = two_halves(*(const uint32_t *)(scales + i * 64 + lane / 4 * 4 + 32));

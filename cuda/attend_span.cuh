@@ -47,7 +47,9 @@ template <int H> __device__ void weigh_carriers(const Block<H> &b, const fkv_cud
             rest += __shfl_xor_sync(~0u, rest, i);
         }
         if (!b.lane) {
-            b.carrier_norm()[h] = power2(max(exponent(sum), -60) + 1 - kWBits);
+            const float norm = power2(max(exponent(sum), -60) + 1 - kWBits);
+            b.carrier_norm()[h] = norm;
+            b.carrier_by()[h] = 1.0f / norm;
             b.constant()[h] = rest + 0.0f * sum; /* not a number if one of them is none */
         }
     }
@@ -61,7 +63,7 @@ __device__ void make_plane_factors(const Block<H> &b, const fkv_cuda_head &head)
     const float *q = b.template as<float>(b.at.q);
     const auto factor = [&](int first, int i, int h, const float *norm) {
         const fkv_plane p = planes[first + i];
-        return p.channel < 0 ? 0.0f : q[h * padded + p.channel] / norm[h] * power2(2 * p.index);
+        return p.channel < 0 ? 0.0f : q[h * padded + p.channel] * (power2(2 * p.index) / norm[h]);
     };
     for (int i = b.thread; i < head.k_steps * 16 * H; i += kThreads) {
         const int panel = i / (16 * H), h = i / 16 % H;
@@ -123,7 +125,7 @@ template <int H> __device__ void turn_fast(const Block<H> &b, const Span<H> &s) 
     const float2 *w = b.template as<float2>(b.at.pairs);
     const int fast = b.g.c.fast;
     for (int h = 0; h < H; h++) {
-        const float by = 1.0f / b.carrier_norm()[h];
+        const float by = b.carrier_by()[h];
         for (int j = b.lane; j < fast; j += 32) {
             const float2 x = w[j * H + h], t = s.phases[j];
             s.turned[h * fast + j] =
@@ -140,7 +142,7 @@ template <int H> __device__ void turn_slow(const Block<H> &b, const Span<H> &s) 
     const int k = b.lane % 4;
     for (int quad = 0; quad < H / 4; quad++) {
         const int head = quad * 4 + b.lane / 8;
-        const float by = 1.0f / b.carrier_norm()[head];
+        const float by = b.carrier_by()[head];
         const auto factor = [&](int j) {
             const float2 x = w[j * H + head], t = s.phases[j];
             return split_halves((x.x * t.x + x.y * t.y) * by, (x.y * t.x - x.x * t.y) * by, cut);
@@ -168,59 +170,70 @@ template <int H> __device__ void begin_span(const Block<H> &b, const Span<H> &s,
 }
 
 /* A warp's units on their way to shared memory: K and V have a place each, which is filled again as soon as it was
- * read. */
+ * read. Parts that have no place (see Staged) are read where they lie. */
 struct Conveyor {
     char *memory;
     uint64_t *barriers; /* of K and V */
-    int k_bytes, v_bytes, k_room, lane;
-    bool staged;
+    int k_bytes, v_bytes, lane;
     uint32_t passed; /* units so far */
-    const char *at;  /* the unit in hand, if it is not staged */
+    const char *at;  /* the unit in hand */
 
-    __device__ __forceinline__ void issue(const char *from, int bytes, int part) {
-        char *to = memory + (part ? k_room : 0);
+    __device__ __forceinline__ void issue(const char *unit, int part) {
+        char *to = memory + (part ? k_bytes : 0);
+        const char *from = unit + (part ? k_bytes : 0);
+        const int bytes = part ? v_bytes : k_bytes;
 #if FKV_BULK
-        if (from && !lane && bytes) {
+        if (unit && !lane && bytes) {
             bulk_copy(to, from, bytes, &barriers[part]);
         }
 #else
-        for (int i = lane * 16; from && i < bytes; i += 512) {
+        for (int i = lane * 16; unit && i < bytes; i += 512) {
             copy_async(to + i, from + i);
         }
         copies_commit(); /* also if there is nothing: groups are counted */
 #endif
     }
-    __device__ __forceinline__ void issue_k(const char *unit) {
-        if (staged) {
-            issue(unit, k_bytes, 0);
-        }
-    }
-    __device__ __forceinline__ void issue_v(const char *unit) {
-        if (staged) {
-            issue(unit ? unit + k_bytes : nullptr, v_bytes, 1);
-        }
-    }
-    __device__ __forceinline__ void wait(int part) const {
+    __device__ __forceinline__ void wait(int part, bool only) const {
 #if FKV_BULK
         if (part ? v_bytes : k_bytes) {
             barrier_wait(&barriers[part], passed & 1);
         }
 #else
-        copies_wait(true); /* all but the other part's, which came later */
+        copies_wait(!only); /* all but the other part's, which came later */
         __syncwarp();
 #endif
     }
 };
 
-/* view_of: of a quad */
-template <typename T, int MT, int H, bool Staged, typename F>
+/* The units of a sequence, one after the other: no divisions on the way. */
+struct Walk {
+    const uint64_t *entry; /* of the unit's block in the table */
+    int left, within;      /* units ahead; number of the unit in its block */
+    int tiles, units, unit_bytes, offset;
+
+    /* The next unit's address, or NULL behind the last. */
+    __device__ __forceinline__ const char *next() {
+        if (left-- <= 0) {
+            return nullptr;
+        }
+        const char *at = (const char *)*entry + (size_t)within * unit_bytes + offset;
+        if (++within == units) {
+            within = 0;
+            entry += tiles;
+        }
+        return at;
+    }
+};
+
+/* view_of: of a quad. Staged: 2 both parts, 1 K only, 0 none */
+template <typename T, int MT, int H, int Staged, typename F>
 __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, const char *next,
-                                         const F &view_of, int unit, int here,
+                                         const F &view_of, const KeyDigits<T> &digits, int unit, int here,
                                          CodedRunning (&r)[H / 4]) {
     const char *k = Staged ? belt.memory : belt.at;
-    const char *v = Staged ? belt.memory + belt.k_room : belt.at + belt.k_bytes;
+    const char *v = (Staged == 2 ? belt.memory : belt.at) + belt.k_bytes;
     if (Staged) {
-        belt.wait(0);
+        belt.wait(0, Staged == 1);
     }
 #pragma unroll
     for (int quad = 0; quad < H / 4; quad++) {
@@ -229,13 +242,13 @@ __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, cons
         Scores<MT> s;
         uint32_t x[MT][2];
         Weights<MT> w;
-        score_codes<T, MT, H>(k, view, b.lane, s);
+        score_codes<T, MT, H>(k, view, digits, b.lane, s);
         if (view.head.k_exact) {
             score_exact<MT>(k, view, b.lane, s);
         }
         if (Staged && quad == H / 4 - 1) {
             __syncwarp();
-            belt.issue_k(next);
+            belt.issue(next, 0);
         }
         if (view.head.carried) {
             score_carriers<MT, H>(view, unit % FKV_SPAN, b.lane, s);
@@ -244,8 +257,8 @@ __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, cons
             scale_scores<MT>(s, none);
         }
         soften_unit<MT>(s.s, view, s.add, here, b.lane, r[quad], w, x);
-        if (Staged && !quad) {
-            belt.wait(1);
+        if (Staged == 2 && !quad) {
+            belt.wait(1, false);
         }
         if (view.head.v_exact) {
             add_exact_values<MT>(v + view.head.v_steps * MT * 64, x, view.head.v_exact, w.alpha,
@@ -253,14 +266,14 @@ __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, cons
         }
         gather_codes<MT>(v, view, w, b.lane, o);
     }
-    if (Staged) {
+    if (Staged == 2) {
         __syncwarp();
-        belt.issue_v(next);
-        belt.passed++;
+        belt.issue(next, 1);
     }
+    belt.passed += Staged > 0;
 }
 
-template <typename T, int MT, int H, bool Staged>
+template <typename T, int MT, int H, int Staged>
 __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
                            const fkv_cuda_head &head, CodedRunning (&r)[H / 4], uint32_t &passed) {
     const fkv_cuda_cache &c = b.g.c;
@@ -271,28 +284,31 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
     const int count = min(item.count, (visible + c.unit - 1) / c.unit - item.first);
     const int first = item.first + count * b.warp / kWarps;
     const int end = item.first + count * (b.warp + 1) / kWarps;
-    const auto unit_at = [&](int unit) {
-        return unit < end ? (const char *)table[unit / c.units_per_block * tiles] +
-                                unit % c.units_per_block * (size_t)unit_bytes + head.offset
-                          : nullptr;
-    };
+    Walk walk = {table + first / c.units_per_block * tiles, end - first, first % c.units_per_block,
+                 tiles, c.units_per_block, unit_bytes, head.offset};
     Conveyor belt = {b.of_warp(b.warp) + b.at.stage,
                      b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
                      head.k_bytes,
                      head.bytes - head.k_bytes,
-                     b.g.k_stage,
                      b.lane,
-                     Staged,
                      passed,
-                     unit_at(first)};
-    const char *next = unit_at(first + 1); /* addresses early: tables are far away */
-    belt.issue_k(belt.at);
-    belt.issue_v(belt.at);
+                     walk.next()};
+    const char *next = walk.next(); /* addresses early: tables are far away */
+    if (Staged) {
+        belt.issue(belt.at, 0);
+    }
+    if (Staged == 2) {
+        belt.issue(belt.at, 1);
+    }
+    weigh_carriers(b, item);
+    __syncthreads();
+    make_plane_factors(b, head);
+    __syncthreads();
     const Span<H> span(b);
     float by[H / 4]; /* sums of codes to units of the carriers' norm */
 #pragma unroll
     for (int quad = 0; quad < H / 4; quad++) {
-        by[quad] = b.code_norm()[quad * 4 + b.lane % 4] / b.carrier_norm()[quad * 4 + b.lane % 4];
+        by[quad] = b.code_norm()[quad * 4 + b.lane % 4] * b.carrier_by()[quad * 4 + b.lane % 4];
     }
     const auto view_of = [&](int quad) {
         const int h = quad * 4 + b.lane % 4;
@@ -302,7 +318,7 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
                          b.template as<uint2>(b.at.exacts) + quad * b.g.k_exacts / 16 * 32,
                          b.template as<uint4>(b.at.basis),
                          (const uint4 *)c.sections,
-                         (const float2 *)c.turns,
+                         b.template as<float2>(b.at.turns),
                          span.turned + quad * 4 * c.fast,
                          span.slow + quad * 4,
                          c.fast,
@@ -311,12 +327,13 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
                          b.carrier_norm()[h],
                          b.constant()[h]};
     };
+    const KeyDigits<T> digits(b.lane);
     for (int unit = first; unit < end; unit++) {
         if (head.carried && (unit == first || unit % FKV_SPAN == 0)) {
             begin_span(b, span, unit / FKV_SPAN);
         }
-        const char *second = unit_at(unit + 2);
-        one_unit<T, MT, H, Staged>(b, belt, next, view_of, unit,
+        const char *second = walk.next();
+        one_unit<T, MT, H, Staged>(b, belt, next, view_of, digits, unit,
                                    min(visible - unit * c.unit, c.unit), r);
         belt.at = next;
         next = second;

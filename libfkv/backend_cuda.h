@@ -70,9 +70,8 @@ struct fkv_cuda_cache {
         fast; /* pairs whose carriers are held as cosines, a multiple of 8; the others are polynomials */
     int32_t panels; /* most V panels of a head, exact ones included, for sizes; */
     int32_t most_k_planes, most_k_exacts; /* and of K's planes and exact channels, with padding */
-    int32_t most_k_bytes, most_v_bytes;   /* of the two parts of a head's unit */
+    int32_t most_bytes;                   /* of a head's unit */
     float scale; /* softmax scale */
-    float padding;
     double rope_scaling;
     uint64_t inv_freq;   /* double [rope_dim / 2] */
     uint64_t heads;      /* struct fkv_cuda_head [layers][Hk] */

@@ -85,6 +85,8 @@ static int subgroups(const struct fkv_device_cache *d) {
 static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_t most,
                            int64_t *cost) {
     const struct fkv_device_cache *d = plan->cache->device;
+    const int64_t outputs = plan->tokens * d->c.n_kv_heads * subgroups(d);
+    const int64_t few = plan->ctx->multiprocessors * BLOCKS_PER_PROCESSOR / 8;
     int64_t items = 0;
     *cost = 0;
     for (int64_t i = 0; i < plan->n_rows; i++) {
@@ -92,9 +94,9 @@ static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_
         for (int h = 0; h < d->c.n_kv_heads; h++) {
             const struct output o = cut_output(d, layer, h, &e, most);
             const int64_t times = plan->rows[i].n_new * subgroups(d);
-            /* a short tail is done by whoever is ready first */
-            items +=
-                (o.coded.parts + (o.coded.parts && o.exact.steps == 1 ? 0 : o.exact.parts)) * times;
+            /* short tails, if they are many, are done by whoever is ready first */
+            const bool apart = o.coded.parts && o.exact.steps == 1 && outputs > few;
+            items += (o.coded.parts + (apart ? 0 : o.exact.parts)) * times;
             *cost += (o.coded.steps * (d->c.coded ? span_cost(d, layer, h) : 0) +
                       o.exact.steps * page_cost(d)) *
                      times;

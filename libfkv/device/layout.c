@@ -108,8 +108,7 @@ static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_
             h->k_bytes = h->k_steps * (panel + 64) + h->k_exact * panel * 8 + 16;
             h->bytes = h->k_bytes + h->v_steps * (panel + 64) + h->v_exact * panel * 8;
             offset += h->bytes;
-            d->c.most_k_bytes = max_int(d->c.most_k_bytes, h->k_bytes);
-            d->c.most_v_bytes = max_int(d->c.most_v_bytes, h->bytes - h->k_bytes);
+            d->c.most_bytes = max_int(d->c.most_bytes, h->bytes);
             d->c.panels = max_int(d->c.panels, h->v_steps + h->v_exact);
             d->c.most_k_planes = max_int(d->c.most_k_planes, h->k_steps * PANEL);
             d->c.most_k_exacts = max_int(d->c.most_k_exacts, h->k_exact * PANEL);
