@@ -48,11 +48,9 @@ __device__ void run_coded(const Block<H> &b, const fkv_cuda_row &row, const fkv_
         r[quad] = {kLowest, 0.0f};
     }
     if (head.bytes <= b.g.stage) {
-        coded_item<T, MT, H, 2>(b, row, item, head, r, passed);
-    } else if (head.k_bytes <= b.g.stage) {
-        coded_item<T, MT, H, 1>(b, row, item, head, r, passed);
+        coded_item<T, MT, H, true>(b, row, item, head, r, passed);
     } else {
-        coded_item<T, MT, H, 0>(b, row, item, head, r, passed);
+        coded_item<T, MT, H, false>(b, row, item, head, r, passed);
     }
 #pragma unroll
     for (int quad = 0; quad < H / 4; quad++) {
@@ -76,15 +74,14 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
     const fkv_cuda_row &row = work.row;
     const fkv_cuda_head &head = work.head;
     uint32_t passed = 0; /* chunks through this warp's ring, or units through its places */
-    if (MT) {
-        uint4 *basis = b.template as<uint4>(b.at.basis);
-        for (int i = b.thread; i < basis_bytes(g.c) / 16; i += kThreads) {
-            basis[i] = __ldg((const uint4 *)g.c.basis + i);
+    if (MT) {            /* waited for with the first item's profile */
+        for (int i = b.thread * 16; i < basis_bytes(g.c); i += kThreads * 16) {
+            copy_async(memory + b.at.basis + i, (const char *)g.c.basis + i);
         }
-        float2 *turns = b.template as<float2>(b.at.turns);
-        for (int i = b.thread; i < FKV_SPAN * g.c.fast; i += kThreads) {
-            turns[i] = __ldg((const float2 *)g.c.turns + i);
+        for (int i = b.thread * 16; i < FKV_SPAN * g.c.fast * 8; i += kThreads * 16) {
+            copy_async(memory + b.at.turns + i, (const char *)g.c.turns + i);
         }
+        copies_commit();
     }
 #if FKV_BULK
     if (b.thread < kWarps * kStages) {
@@ -109,6 +106,9 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
         }
         clear_sums(b);
         __syncthreads();
+        if (MT && item.coded) {
+            fetch_profile(b, item, head);
+        }
         load_query(b, row, item, Queries<T>::top);
         __syncthreads();
         if (MT && item.coded) {
@@ -131,8 +131,8 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
 inline bool can_begin_early(int device) {
     static int major[64];
     int value = device < 64 ? major[device] : 0;
-    if (!value && cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) ==
-                      cudaSuccess &&
+    if (!value &&
+        cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
         device < 64) {
         major[device] = value;
     }
@@ -169,7 +169,8 @@ template <typename T, int MT, int H> cudaError_t launch(Arguments &g, cudaStream
 
 /* Room for units such that two blocks fit on a multiprocessor. Parts of larger ones are read where they lie. */
 template <int H> void choose_stages(Arguments &g) {
-    constexpr int room = 112 << 10; /* of 227 KiB and what the system takes of it */
+    constexpr int room =
+        (113 << 10) - 512; /* of 228 KiB, less what the system and the kernel take of it */
     const int most = (room - layout<H>(g).bytes) / kWarps / 128 * 128;
     g.stage = (g.c.most_bytes + 127) / 128 * 128;
     if (g.stage > most) {
@@ -191,7 +192,7 @@ template <typename T, int MT> cudaError_t by_heads(Arguments &g, cudaStream_t st
 }
 
 template <typename T> cudaError_t by_unit(Arguments &g, cudaStream_t stream) {
-    return !g.c.coded        ? by_heads<T, 0>(g, stream)
+    return !g.c.coded       ? by_heads<T, 0>(g, stream)
            : g.c.unit == 64 ? by_heads<T, 4>(g, stream)
                             : by_heads<T, 8>(g, stream);
 }

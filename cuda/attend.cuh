@@ -22,15 +22,15 @@ constexpr int kWBits = 14;        /* those of carriers 2^14 */
 #define FKV_RING_PANELS 1
 #define FKV_RING_STAGES 4
 #endif
-constexpr int kStages = FKV_RING_STAGES;                /* of an exact cache's ring, see Ring: */
-constexpr int kStagePanels = FKV_RING_PANELS;       /* so many panels of a page each */
+constexpr int kStages = FKV_RING_STAGES;      /* of an exact cache's ring, see Ring: */
+constexpr int kStagePanels = FKV_RING_PANELS; /* so many panels of a page each */
 constexpr int kStage = kStagePanels * 2048;
 
 /* Shared memory of a block; offsets in bytes from the start. */
 struct Shared {
-    int stats, q, out, factors, planes, bases, exacts, pairs, basis, turns;
-    int warps, warp_bytes;            /* of each warp: sums, a place for units or pages, then */
-    int stage, turned, slow, phases; /* these, from the warp's start */
+    int stats, q, out, factors, planes, bases, exacts, pairs, mu, kinds, lists, basis, turns;
+    int warps, warp_bytes;   /* of each warp: sums, a place for units or pages, then */
+    int stage, turned, slow; /* these, from the warp's start */
     int barriers, bytes;
 };
 
@@ -61,12 +61,15 @@ template <int H> inline Shared layout(const Arguments &g) {
     Shared s = {};
     s.stats = 0; /* see Block */
     s.q = s.stats + (kWarps * 2 + 8) * H * 4;
-    s.out = s.q; /* factors have been made of q by then */
+    s.out = s.q;                                 /* factors have been made of q by then */
     s.factors = s.planes = s.q + H * padded * 4; /* of exact items and of coded ones */
     s.bases = s.planes + g.k_planes * H * 4;
     s.exacts = s.bases + g.k_planes / 16 * 256 * quads;
     s.pairs = s.exacts + g.k_exacts / 16 * 256 * quads;
-    s.basis = s.pairs + pairs * H * 8;
+    s.mu = s.pairs + pairs * H * 8;
+    s.kinds = s.mu + (c.coded ? c.dim * 4 : 0);
+    s.lists = s.kinds + (c.coded ? padded : 0);
+    s.basis = s.lists + (g.k_planes + g.k_exacts) * (int)sizeof(fkv_plane);
     if (s.basis < s.factors + padded / 16 * 256 * quads) {
         s.basis = s.factors + padded / 16 * 256 * quads;
     }
@@ -75,9 +78,9 @@ template <int H> inline Shared layout(const Arguments &g) {
     if (c.coded) {
         s.stage = g.coded_tiles * 256 * quads;
         s.turned = s.stage + g.stage;
-        s.slow = s.turned + c.fast * H * 8;
-        s.phases = s.slow + FKV_CUDA_CHEBYSHEV * H * 4;
-        s.warp_bytes = s.phases + pairs * 8;
+        /* phases of the pairs are where the turned weights come to be */
+        s.slow = s.turned + (c.fast * H > pairs ? c.fast * H : pairs) * 8;
+        s.warp_bytes = s.slow + FKV_CUDA_CHEBYSHEV * H * 4;
         s.warp_bytes = s.warp_bytes > exact ? s.warp_bytes : exact;
     } else {
         s.stage = exact; /* pages on their way, see Ring */
@@ -115,7 +118,8 @@ template <int H> struct Block {
     __device__ float *code_norm() const { /* of factors in digits */
         return norm() + H;
     }
-    __device__ float *carrier_norm() const { /* of carriers' weights and exact channels, a power of two */
+    __device__ float *
+    carrier_norm() const { /* of carriers' weights and exact channels, a power of two */
         return norm() + 2 * H;
     }
     __device__ float *carrier_by() const { /* 1 / carrier_norm */
@@ -182,28 +186,59 @@ __device__ inline int visible_tokens(const Arguments &g, const fkv_cuda_row &row
     return g.a.appended ? row.base + item.query + 1 : row.base;
 }
 
-/* q, rotated and in units of log2, and the norms that follow from its largest element. `digits` is what an element
- * may reach as an integer. */
-template <int H>
-__device__ void load_query(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
-                           float digits) {
+/* Elements of the item's queries, rotated and in units of log2. All loads of a thread before their first use. */
+template <int DTYPE, int H>
+__device__ void rotate_query(const Block<H> &b, const fkv_cuda_row &row,
+                             const fkv_cuda_item &item) {
+    constexpr int each = 2;
     const fkv_cuda_cache &c = b.g.c;
     const int padded = (c.dim + 15) / 16 * 16;
     const int64_t token = row.offset + item.query;
     const float *rope =
         (const float *)b.g.a.rope + row.rope_offset + row.base + item.query - row.rope_first;
     float *q = b.template as<float>(b.at.q);
+    for (int first = b.thread; first < H * padded; first += each * kThreads) {
+        float x[each];
+#pragma unroll
+        for (int k = 0; k < each; k++) {
+            const int i = first + k * kThreads, h = i / padded, d = i % padded;
+            x[k] = 0.0f;
+            if (h < item.q_count && d < c.dim) {
+                const char *from = row_at(b.g.a.q, token, item.head * c.group + item.q_first + h);
+                x[k] = rotated(c, from, DTYPE, d, rope, b.g.a.rope_capacity) * (c.scale * kLog2e);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < each; k++) {
+            if (first + k * kThreads < H * padded) {
+                q[first + k * kThreads] = x[k];
+            }
+        }
+    }
+}
+
+/* The queries, and the norms that follow from their largest elements. `digits` is what an element may reach as an
+ * integer. */
+template <int H>
+__device__ void load_query(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                           float digits) {
+    const int padded = (b.g.c.dim + 15) / 16 * 16;
+    const float *q = b.template as<float>(b.at.q);
+    switch (b.g.a.q.dtype) {
+    case FKV_F32:
+        rotate_query<FKV_F32>(b, row, item);
+        break;
+    case FKV_F16:
+        rotate_query<FKV_F16>(b, row, item);
+        break;
+    default:
+        rotate_query<FKV_BF16>(b, row, item);
+    }
+    __syncthreads();
     for (int h = b.warp; h < H; h += kWarps) {
         float most = 0.0f;
         for (int d = b.lane; d < padded; d += 32) {
-            float x = 0.0f;
-            if (h < item.q_count && d < c.dim) {
-                const char *from = row_at(b.g.a.q, token, item.head * c.group + item.q_first + h);
-                x = rotated(c, from, b.g.a.q.dtype, d, rope, b.g.a.rope_capacity) *
-                    (c.scale * kLog2e);
-            }
-            q[h * padded + d] = x;
-            most = fmaxf(most, fabsf(x));
+            most = fmaxf(most, fabsf(q[h * padded + d]));
         }
         for (int i = 16; i; i /= 2) {
             most = fmaxf(most, __shfl_xor_sync(~0u, most, i));

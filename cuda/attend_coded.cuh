@@ -17,11 +17,11 @@
 
 namespace fkv {
 
-constexpr int kPDigits = 3;                  /* of weights */
-constexpr float kPTop = 22.99f;              /* log2 of the largest weight as an integer, below 2^23 */
-constexpr float kMagic = 8388608.0f;         /* 2^23: adding it rounds to an integer, in the low bits */
-constexpr uint32_t kCodes = 0x03030303u;     /* the first four codes of a word */
-constexpr int kMostSteps = 20;               /* panels of K with which sums of two digits stay below 2^31 */
+constexpr int kPDigits = 3;              /* of weights */
+constexpr float kPTop = 22.99f;          /* log2 of the largest weight as an integer, below 2^23 */
+constexpr float kMagic = 8388608.0f;     /* 2^23: adding it rounds to an integer, in the low bits */
+constexpr uint32_t kCodes = 0x03030303u; /* the first four codes of a word */
+constexpr int kMostSteps = 20; /* panels of K with which sums of two digits stay below 2^31 */
 
 /* Digits of queries' factors, how large a factor may become, and what is added for rounding and signs. */
 template <typename T> struct Queries {
@@ -85,16 +85,17 @@ __device__ __forceinline__ float2 two_halves(uint32_t x) {
 /* What the warps of a work item share about coded units, for a quad. */
 struct CodedView {
     const fkv_cuda_head &head;
-    const float *planes;  /* [panels][H][16] factors of the planes, the quad's first head */
-    const uint2 *bases;   /* [panels][32] the same for zero points, fragments */
-    const uint2 *exacts;  /* [panels][32] of the exact channels */
+    const float *planes;   /* [panels][H][16] factors of the planes, the quad's first head */
+    const uint2 *bases;    /* [panels][32] the same for zero points, fragments */
+    const uint2 *exacts;   /* [panels][32] of the exact channels */
     const uint4 *basis;    /* fragments, see backend_cuda.h; in shared memory */
     const uint4 *sections; /* fragments */
     const float2 *turns;   /* [SPAN][fast] */
     const float2 *turned;  /* [H][fast] weights at the span's start, the quad's first head */
     const float *slow;     /* [16][H] coefficients */
     int fast;
-    float by, base_norm, carrier_norm, constant; /* of the lane's head; by: sums of codes to the carriers' norm */
+    float by, base_norm, carrier_norm,
+        constant; /* of the lane's head; by: sums of codes to the carriers' norm */
 };
 
 /* The running softmax of the lane's head. */
@@ -113,7 +114,8 @@ template <typename T> struct KeyDigits {
         first = byte | (4 + byte) << 4;
         fix_or = fix_sub = 0;
         fix_xor = low ? 0x80808080u : 0;
-        if (Queries<T>::digits == 3 && !low) { /* the third byte has the sum's exponent's 0x40 in it */
+        if (Queries<T>::digits == 3 &&
+            !low) { /* the third byte has the sum's exponent's 0x40 in it */
             fix_or = fix_xor = 0x80808080u;
             fix_sub = 0x40404040u;
         }
@@ -156,7 +158,8 @@ __device__ __forceinline__ float weigh_digits(const int *c, const int *d, bool w
 
 /* The lane's scores: token lane / 4 of each tile, and the eighth behind it. Tile i's are times by[i % 4]. */
 template <int MT> struct Scores {
-    float s[MT][2], by[4], add; /* add: to all, in units of log2; the others are in units of carrier_norm */
+    float s[MT][2], by[4],
+        add; /* add: to all, in units of log2; the others are in units of carrier_norm */
 };
 
 /* Scores of the codes. */
@@ -189,7 +192,8 @@ __device__ __forceinline__ void score_codes(const char *part, const CodedView &v
                 const uint32_t m = kCodes << 2 * p;
 #pragma unroll
                 for (int g = 0; g < G; g++) {
-                    multiply_keys(c[g][4 * j + p], w.x & m, w.y & m, w.z & m, w.w & m, b0[g], b1[g]);
+                    multiply_keys(c[g][4 * j + p], w.x & m, w.y & m, w.z & m, w.w & m, b0[g],
+                                  b1[g]);
                 }
             }
         }
@@ -199,8 +203,7 @@ __device__ __forceinline__ void score_codes(const char *part, const CodedView &v
         digits.make(b, q + (steps - 1) * H * 16, scales + (steps - 1) * 32 + t * 8, magic);
 #pragma unroll
         for (int j = 0; j < MT / 4; j++) {
-            const uint2 w =
-                ((const uint2 *)(part + (steps - 1) * panel))[lane * (MT / 4) + j];
+            const uint2 w = ((const uint2 *)(part + (steps - 1) * panel))[lane * (MT / 4) + j];
 #pragma unroll
             for (int p = 0; p < 4; p++) {
                 const uint32_t m = kCodes << 2 * p;
@@ -266,7 +269,8 @@ __device__ __forceinline__ void score_exact(const char *part, const CodedView &v
 struct Turned {
     uint32_t even, odd;
 };
-__device__ __forceinline__ Turned turn_pairs(const float2 *turned, const float2 *turns, uint32_t cut) {
+__device__ __forceinline__ Turned turn_pairs(const float2 *turned, const float2 *turns,
+                                             uint32_t cut) {
     const float4 w = *(const float4 *)turned, t = *(const float4 *)turns;
     return {split_halves(w.x * t.x + w.y * t.y, w.z * t.z + w.w * t.w, cut),
             split_halves(w.y * t.x - w.x * t.y, w.w * t.z - w.z * t.w, cut)};
@@ -277,7 +281,8 @@ template <int H>
 __device__ __forceinline__ Turned turn_polynomials(const CodedView &v, int unit, int lane,
                                                    uint32_t cut) {
     const float *x = v.slow + lane % 4 * 2 * H + lane / 8;
-    const uint2 b = make_uint2(split_halves(x[0], x[H], cut), split_halves(x[8 * H], x[9 * H], cut));
+    const uint2 b =
+        make_uint2(split_halves(x[0], x[H], cut), split_halves(x[8 * H], x[9 * H], cut));
     const uint4 *a = v.sections + unit * 64 + lane;
     float c[4] = {};
     multiply_halves(c, __ldg(a), b);
@@ -320,7 +325,8 @@ __device__ __forceinline__ void score_carriers(const CodedView &v, int unit, int
     for (int t = 0; t < tiles; t++) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float e = even[t][2 * r] + even[t][2 * r + 1], o = odd[t][2 * r] + odd[t][2 * r + 1];
+            const float e = even[t][2 * r] + even[t][2 * r + 1],
+                        o = odd[t][2 * r] + odd[t][2 * r + 1];
             x[t][r] = e - o;
             x[tiles + t][r] = e + o;
         }
@@ -338,8 +344,9 @@ template <int MT> struct Weights {
 
 /* o[panel] of exact V channels, whose factors are f16. x: weights as numbers with 2^23 added. */
 template <int MT>
-__device__ __forceinline__ void add_exact_values(const char *a, const uint32_t (&x)[MT][2], int panels,
-                                              float alpha, float beta, int lane, float2 *o) {
+__device__ __forceinline__ void add_exact_values(const char *a, const uint32_t (&x)[MT][2],
+                                                 int panels, float alpha, float beta, int lane,
+                                                 float2 *o) {
     uint2 p[MT];
 #pragma unroll
     for (int t = 0; t < MT; t++) {
@@ -406,43 +413,51 @@ __device__ __forceinline__ void soften_unit(float (&s)[MT][2], const CodedView &
     r.sum = fmaf(r.sum, w.alpha, w.total);
 }
 
-template <int MT>
-__device__ __forceinline__ void load_words(uint32_t (&word)[MT / 2], const char *panel, int lane) {
-    if (MT == 8) {
-        const uint4 x = ((const uint4 *)panel)[lane];
-        word[0] = x.x, word[1] = x.y, word[MT / 2 - 2] = x.z, word[MT / 2 - 1] = x.w;
-    } else {
-        const uint2 x = ((const uint2 *)panel)[lane];
-        word[0] = x.x, word[1] = x.y;
-    }
-}
+/* What a lane needs of a panel of V. */
+template <int MT> struct ValuePanel {
+    uint32_t word[MT / 2], scale[2]; /* scale: (scale, zero point) of its two planes */
 
-/* o[panel] := o * alpha + scale * (weights times codes) + zero point * total */
-template <int MT>
+    __device__ __forceinline__ void load(const char *codes, const char *scales, int lane) {
+        if (MT == 8) {
+            const uint4 x = ((const uint4 *)codes)[lane];
+            word[0] = x.x, word[1] = x.y, word[MT / 2 - 2] = x.z, word[MT / 2 - 1] = x.w;
+        } else {
+            const uint2 x = ((const uint2 *)codes)[lane];
+            word[0] = x.x, word[1] = x.y;
+        }
+        scale[0] = ((const uint32_t *)scales)[lane / 4];
+        scale[1] = ((const uint32_t *)scales)[lane / 4 + 8];
+    }
+};
+
+/* o[panel] := o * alpha + scale * (weights times codes) + zero point * total. Far: the panels are not in shared memory,
+ * so that each is loaded ahead of its use. */
+template <int MT, bool Far>
 __device__ __forceinline__ void gather_codes(const char *part, const CodedView &v,
                                              const Weights<MT> &w, int lane, float2 *o) {
     constexpr int panel = MT * 64, each = MT / 4;
     const char *scales = part + v.head.v_steps * panel + v.head.v_exact * panel * 8;
     const float beta0 = w.beta * 0.0625f, beta8 = w.beta * 0.015625f;
-    uint32_t word[MT / 2], ahead[MT / 2];
-    if (v.head.v_steps) {
-        load_words<MT>(ahead, part, lane);
+    ValuePanel<MT> ahead;
+    if (Far && v.head.v_steps) {
+        ahead.load(part, scales, lane);
     }
     for (int i = 0; i < v.head.v_steps; i++) {
-#pragma unroll
-        for (int j = 0; j < MT / 2; j++) {
-            word[j] = ahead[j];
+        ValuePanel<MT> now;
+        if (Far) {
+            now = ahead;
+            if (i + 1 < v.head.v_steps) {
+                ahead.load(part + (i + 1) * panel, scales + (i + 1) * 64, lane);
+            }
+        } else {
+            now.load(part + i * panel, scales + i * 64, lane);
         }
-        if (i + 1 < v.head.v_steps) {
-            load_words<MT>(ahead, part + (i + 1) * panel, lane);
-        }
-        const float2 c0 = two_halves(*(const uint32_t *)(scales + i * 64 + lane / 4 * 4));
-        const float2 c8 = two_halves(*(const uint32_t *)(scales + i * 64 + lane / 4 * 4 + 32));
+        const float2 c0 = two_halves(now.scale[0]), c8 = two_halves(now.scale[1]);
         /* codes times 1 and 4 in `x`, times 16 and 64 in `y` */
         int x[2][4] = {}, y[2][4] = {};
 #pragma unroll
         for (int j = 0; j < each; j++) {
-            const uint32_t u = word[2 * j], z = word[2 * j + 1];
+            const uint32_t u = now.word[2 * j], z = now.word[2 * j + 1];
 #pragma unroll
             for (int g = 0; g < 2; g++) {
                 multiply_values(x[g], u & kCodes, u & kCodes << 2, z & kCodes, z & kCodes << 2,

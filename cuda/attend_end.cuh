@@ -25,24 +25,30 @@ __device__ inline float from_coded(const float2 *o, int row, int head) {
     return ((const float *)(o + row / 16 * 32 + row % 8 * 4 + head))[row % 16 / 8];
 }
 
-/* The warps' sums, in their order. `rows` of a part, plane `index`; everything in plane order. */
+/* Adds the warps' sums, in their order, of `rows` rows of a part; the planes of a channel follow each other. */
 template <int H>
-__device__ void add_planes(const Block<H> &b, const fkv_plane *planes, int rows, int first_row,
-                           int index) {
+__device__ void add_planes(const Block<H> &b, const fkv_plane *planes, int rows, int first_row) {
     const int padded = (b.g.c.dim + 15) / 16 * 16;
     float *out = b.template as<float>(b.at.out);
     for (int i = b.thread; i < rows * H; i += kThreads) {
-        const fkv_plane p = planes[i / H];
         const int h = i % H;
-        if (p.channel < 0 || p.index != index) {
+        int row = i / H;
+        const fkv_plane p = planes[row];
+        if (p.channel < 0 || p.index) {
             continue;
         }
-        float sum = 0.0f;
-        for (int w = 0; w < kWarps; w++) {
-            const float2 *o = (const float2 *)b.of_warp(w) + h / 4 * b.g.coded_tiles * 32;
-            sum = fmaf(from_coded(o, first_row + i / H, h % 4), b.maxima()[w * H + h], sum);
-        }
-        out[h * padded + p.channel] += sum * power2(2 * index);
+        float all = 0.0f, by = 1.0f;
+        do {
+            float sum = 0.0f;
+            for (int w = 0; w < kWarps; w++) {
+                const float2 *o = (const float2 *)b.of_warp(w) + h / 4 * b.g.coded_tiles * 32;
+                sum = fmaf(from_coded(o, first_row + row, h % 4), b.maxima()[w * H + h], sum);
+            }
+            all = fmaf(sum, by, all);
+            by *= 4.0f;
+            row++;
+        } while (row < rows && planes[row].index && planes[row].channel == p.channel);
+        out[h * padded + p.channel] += all;
     }
 }
 
@@ -89,12 +95,9 @@ __device__ void add_warps(const Block<H> &b, const fkv_cuda_item &item, const fk
         out[h * padded + d] = d < c.dim && kinds[d] != 2 ? b.total()[h] * mu[d] : 0.0f;
     }
     const fkv_plane *planes = (const fkv_plane *)c.planes;
-    for (int index = 0; index < 4; index++) {
-        __syncthreads();
-        add_planes(b, planes + head.v_planes, head.v_steps * 16, 0, index);
-    }
     __syncthreads();
-    add_planes(b, planes + head.v_exacts, head.v_exact * 16, head.v_steps * 16, 0);
+    add_planes(b, planes + head.v_planes, head.v_steps * 16, 0);
+    add_planes(b, planes + head.v_exacts, head.v_exact * 16, head.v_steps * 16);
 }
 
 template <int H>

@@ -10,14 +10,33 @@
 
 namespace fkv {
 
+/* Starts the copy of what the profile says of the item's K: carriers, kinds and planes of its channels. */
+template <int H>
+__device__ void fetch_profile(const Block<H> &b, const fkv_cuda_item &item,
+                              const fkv_cuda_head &head) {
+    const fkv_cuda_cache &c = b.g.c;
+    const size_t first = ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
+    const auto copy = [&](int to, const char *from, int bytes) {
+        for (int i = b.thread * 8; i < bytes; i += kThreads * 8) {
+            copy_async8(b.shared + to + i, from + i);
+        }
+    };
+    copy(b.at.mu, (const char *)((const float *)c.carriers + first), c.dim * 4);
+    copy(b.at.kinds, (const char *)c.kinds + first, c.dim);
+    const fkv_plane *planes = (const fkv_plane *)c.planes;
+    constexpr int size = sizeof(fkv_plane);
+    copy(b.at.lists, (const char *)(planes + head.k_planes), head.k_steps * 16 * size);
+    copy(b.at.lists + b.g.k_planes * size, (const char *)(planes + head.k_exacts),
+         head.k_exact * 16 * size);
+    copies_commit();
+}
+
 /* Queries times carriers: [pairs][H] (a, b), and what does not turn. */
-template <int H> __device__ void weigh_carriers(const Block<H> &b, const fkv_cuda_item &item) {
+template <int H> __device__ void weigh_carriers(const Block<H> &b) {
     const fkv_cuda_cache &c = b.g.c;
     const int pairs = c.rope_dim / 2, all = padded_pairs(c), padded = (c.dim + 15) / 16 * 16;
-    const float *mu =
-        (const float *)c.carriers + ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
-    const uint8_t *kinds =
-        (const uint8_t *)c.kinds + ((size_t)b.g.a.layer * 2 * c.n_kv_heads + item.head) * c.dim;
+    const float *mu = b.template as<float>(b.at.mu);
+    const uint8_t *kinds = b.template as<uint8_t>(b.at.kinds);
     const float *q = b.template as<float>(b.at.q);
     float2 *to = b.template as<float2>(b.at.pairs);
     for (int h = b.warp; h < H; h += kWarps) {
@@ -56,10 +75,9 @@ template <int H> __device__ void weigh_carriers(const Block<H> &b, const fkv_cud
 }
 
 /* Factors of K's planes: for scales as numbers, for zero points and exact channels as fragments. */
-template <int H>
-__device__ void make_plane_factors(const Block<H> &b, const fkv_cuda_head &head) {
+template <int H> __device__ void make_plane_factors(const Block<H> &b, const fkv_cuda_head &head) {
     const int padded = (b.g.c.dim + 15) / 16 * 16;
-    const fkv_plane *planes = (const fkv_plane *)b.g.c.planes;
+    const fkv_plane *planes = b.template as<fkv_plane>(b.at.lists);
     const float *q = b.template as<float>(b.at.q);
     const auto factor = [&](int first, int i, int h, const float *norm) {
         const fkv_plane p = planes[first + i];
@@ -67,8 +85,7 @@ __device__ void make_plane_factors(const Block<H> &b, const fkv_cuda_head &head)
     };
     for (int i = b.thread; i < head.k_steps * 16 * H; i += kThreads) {
         const int panel = i / (16 * H), h = i / 16 % H;
-        b.template as<float>(b.at.planes)[i] =
-            factor(head.k_planes, panel * 16 + i % 16, h, b.code_norm());
+        b.template as<float>(b.at.planes)[i] = factor(0, panel * 16 + i % 16, h, b.code_norm());
     }
     const int steps = head.k_steps, quads = H / 4;
     for (int i = b.thread; i < (steps + head.k_exact) * 32 * quads; i += kThreads) {
@@ -76,15 +93,17 @@ __device__ void make_plane_factors(const Block<H> &b, const fkv_cuda_head &head)
         const int h = quad * 4 + lane / 8, k = lane % 4 * 2;
         const bool exact = panel >= steps;
         const int row = (exact ? panel - steps : panel) * 16 + k;
-        const int first = exact ? head.k_exacts : head.k_planes;
+        const int first = exact ? b.g.k_planes : 0;
         const float *norm = exact ? b.carrier_norm() : b.norm();
         const auto at = [&](int r) {
             return planes[first + row + r].index ? 0.0f : factor(first, row + r, h, norm);
         };
         const uint32_t cut = cut_of(lane);
-        const uint2 x = make_uint2(split_halves(at(0), at(1), cut), split_halves(at(8), at(9), cut));
+        const uint2 x =
+            make_uint2(split_halves(at(0), at(1), cut), split_halves(at(8), at(9), cut));
         if (exact) {
-            b.template as<uint2>(b.at.exacts)[(quad * b.g.k_exacts / 16 + panel - steps) * 32 + lane] = x;
+            b.template as<uint2>(
+                b.at.exacts)[(quad * b.g.k_exacts / 16 + panel - steps) * 32 + lane] = x;
         } else {
             b.template as<uint2>(b.at.bases)[(quad * b.g.k_planes / 16 + panel) * 32 + lane] = x;
         }
@@ -93,13 +112,12 @@ __device__ void make_plane_factors(const Block<H> &b, const fkv_cuda_head &head)
 
 /* What a warp keeps of the span it is in. */
 template <int H> struct Span {
-    float2 *phases, *turned; /* [pairs], [H][fast] */
+    float2 *phases, *turned; /* [pairs], [H][fast], in the same place */
     float *slow;             /* [16][H] */
 
     __device__ explicit Span(const Block<H> &b) {
         char *own = b.of_warp(b.warp);
-        phases = (float2 *)(own + b.at.phases);
-        turned = (float2 *)(own + b.at.turned);
+        phases = turned = (float2 *)(own + b.at.turned);
         slow = (float *)(own + b.at.slow);
     }
 };
@@ -120,16 +138,26 @@ template <int H> __device__ void turn_phases(const Block<H> &b, const Span<H> &s
     }
 }
 
-/* Weights of the fast pairs turned to the span's start. */
+/* Weights of the fast pairs turned to the span's start; behind turn_slow(), since phases are overwritten. */
 template <int H> __device__ void turn_fast(const Block<H> &b, const Span<H> &s) {
     const float2 *w = b.template as<float2>(b.at.pairs);
     const int fast = b.g.c.fast;
+    float2 t[4]; /* of no more than 128 pairs */
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        t[k] = b.lane + 32 * k < fast ? s.phases[b.lane + 32 * k] : make_float2(0.0f, 0.0f);
+    }
+    __syncwarp();
     for (int h = 0; h < H; h++) {
         const float by = b.carrier_by()[h];
-        for (int j = b.lane; j < fast; j += 32) {
-            const float2 x = w[j * H + h], t = s.phases[j];
-            s.turned[h * fast + j] =
-                make_float2((x.x * t.x + x.y * t.y) * by, (x.y * t.x - x.x * t.y) * by);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int j = b.lane + 32 * k;
+            if (j < fast) {
+                const float2 x = w[j * H + h];
+                s.turned[h * fast + j] = make_float2((x.x * t[k].x + x.y * t[k].y) * by,
+                                                     (x.y * t[k].x - x.x * t[k].y) * by);
+            }
         }
     }
 }
@@ -164,17 +192,18 @@ template <int H> __device__ void begin_span(const Block<H> &b, const Span<H> &s,
     __syncwarp();
     turn_phases(b, s, span);
     __syncwarp();
-    turn_fast(b, s);
     turn_slow(b, s);
+    turn_fast(b, s);
     __syncwarp();
 }
 
 /* A warp's units on their way to shared memory: K and V have a place each, which is filled again as soon as it was
- * read. Parts that have no place (see Staged) are read where they lie. */
+ * read. Parts that have no place are read where they lie. */
 struct Conveyor {
     char *memory;
     uint64_t *barriers; /* of K and V */
     int k_bytes, v_bytes, lane;
+    bool k_staged;
     uint32_t passed; /* units so far */
     const char *at;  /* the unit in hand */
 
@@ -190,8 +219,14 @@ struct Conveyor {
         for (int i = lane * 16; unit && i < bytes; i += 512) {
             copy_async(to + i, from + i);
         }
-        copies_commit(); /* also if there is nothing: groups are counted */
+        copies_commit();    /* also if there is nothing: groups are counted */
 #endif
+    }
+    /* For a part that stays where it is. */
+    __device__ __forceinline__ void announce(const char *unit, int part) const {
+        if (unit && !lane && (part ? v_bytes : k_bytes)) {
+            prefetch_block(unit + (part ? k_bytes : 0), part ? v_bytes : k_bytes);
+        }
     }
     __device__ __forceinline__ void wait(int part, bool only) const {
 #if FKV_BULK
@@ -225,15 +260,15 @@ struct Walk {
     }
 };
 
-/* view_of: of a quad. Staged: 2 both parts, 1 K only, 0 none */
-template <typename T, int MT, int H, int Staged, typename F>
+/* view_of: of a quad. Staged: both parts; else K if belt.k_staged, and V lies where it is. */
+template <typename T, int MT, int H, bool Staged, typename F>
 __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, const char *next,
-                                         const F &view_of, const KeyDigits<T> &digits, int unit, int here,
-                                         CodedRunning (&r)[H / 4]) {
-    const char *k = Staged ? belt.memory : belt.at;
-    const char *v = (Staged == 2 ? belt.memory : belt.at) + belt.k_bytes;
-    if (Staged) {
-        belt.wait(0, Staged == 1);
+                                         const F &view_of, const KeyDigits<T> &digits, int unit,
+                                         int here, CodedRunning (&r)[H / 4]) {
+    const char *k = Staged || belt.k_staged ? belt.memory : belt.at;
+    const char *v = (Staged ? belt.memory : belt.at) + belt.k_bytes;
+    if (Staged || belt.k_staged) {
+        belt.wait(0, !Staged);
     }
 #pragma unroll
     for (int quad = 0; quad < H / 4; quad++) {
@@ -246,9 +281,16 @@ __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, cons
         if (view.head.k_exact) {
             score_exact<MT>(k, view, b.lane, s);
         }
-        if (Staged && quad == H / 4 - 1) {
+        if (quad == H / 4 - 1) {
             __syncwarp();
-            belt.issue(next, 0);
+            if (Staged || belt.k_staged) {
+                belt.issue(next, 0);
+            } else {
+                belt.announce(next, 0);
+            }
+            if (!Staged) {
+                belt.announce(next, 1);
+            }
         }
         if (view.head.carried) {
             score_carriers<MT, H>(view, unit % FKV_SPAN, b.lane, s);
@@ -257,23 +299,23 @@ __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, cons
             scale_scores<MT>(s, none);
         }
         soften_unit<MT>(s.s, view, s.add, here, b.lane, r[quad], w, x);
-        if (Staged == 2 && !quad) {
+        if (Staged && !quad) {
             belt.wait(1, false);
         }
         if (view.head.v_exact) {
             add_exact_values<MT>(v + view.head.v_steps * MT * 64, x, view.head.v_exact, w.alpha,
                                  w.beta, b.lane, o + view.head.v_steps * 32);
         }
-        gather_codes<MT>(v, view, w, b.lane, o);
+        gather_codes<MT, !Staged>(v, view, w, b.lane, o);
     }
-    if (Staged == 2) {
+    if (Staged) {
         __syncwarp();
         belt.issue(next, 1);
     }
-    belt.passed += Staged > 0;
+    belt.passed += Staged || belt.k_staged;
 }
 
-template <typename T, int MT, int H, int Staged>
+template <typename T, int MT, int H, bool Staged>
 __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
                            const fkv_cuda_head &head, CodedRunning (&r)[H / 4], uint32_t &passed) {
     const fkv_cuda_cache &c = b.g.c;
@@ -284,23 +326,33 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
     const int count = min(item.count, (visible + c.unit - 1) / c.unit - item.first);
     const int first = item.first + count * b.warp / kWarps;
     const int end = item.first + count * (b.warp + 1) / kWarps;
-    Walk walk = {table + first / c.units_per_block * tiles, end - first, first % c.units_per_block,
-                 tiles, c.units_per_block, unit_bytes, head.offset};
+    Walk walk = {table + first / c.units_per_block * tiles,
+                 end - first,
+                 first % c.units_per_block,
+                 tiles,
+                 c.units_per_block,
+                 unit_bytes,
+                 head.offset};
     Conveyor belt = {b.of_warp(b.warp) + b.at.stage,
                      b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
                      head.k_bytes,
                      head.bytes - head.k_bytes,
                      b.lane,
+                     head.k_bytes <= b.g.stage,
                      passed,
                      walk.next()};
     const char *next = walk.next(); /* addresses early: tables are far away */
-    if (Staged) {
+    if (Staged || belt.k_staged) {
         belt.issue(belt.at, 0);
     }
-    if (Staged == 2) {
+    if (Staged) {
         belt.issue(belt.at, 1);
+    } else {
+        belt.announce(belt.at, 1);
     }
-    weigh_carriers(b, item);
+    copies_wait(false);
+    __syncthreads();
+    weigh_carriers(b);
     __syncthreads();
     make_plane_factors(b, head);
     __syncthreads();

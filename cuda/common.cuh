@@ -39,6 +39,13 @@ __device__ __forceinline__ void copy_async(void *to, const void *p) {
         "l"(p)
         : "memory");
 }
+/* 8 bytes */
+__device__ __forceinline__ void copy_async8(void *to, const void *p) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(p)
+        : "memory");
+}
 __device__ __forceinline__ void copies_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -75,6 +82,17 @@ __device__ __forceinline__ void await_launch() {
 __device__ __forceinline__ void release_launch() {
 #if FKV_BULK
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* `bytes` (a multiple of 16) to the second-level cache, by one thread. */
+__device__ __forceinline__ void prefetch_block(const void *p, uint32_t bytes) {
+#if FKV_BULK
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#else
+    for (uint32_t i = 0; i < bytes; i += 128) {
+        prefetch((const char *)p + i);
+    }
 #endif
 }
 

@@ -174,8 +174,7 @@ __device__ inline float coded_value(const fkv_cuda_cache &c, const char *unit, i
         if (planes[i].channel != d) {
             continue;
         }
-        const Place at =
-            part ? place_in_v(tiles, i, token) : place_in_k(steps, tiles, i, token);
+        const Place at = part ? place_in_v(tiles, i, token) : place_in_k(steps, tiles, i, token);
         const unsigned code = ((const uint32_t *)codes)[at.word] >> at.bit & 3;
         const __half scale = ((const __half *)scales)[part ? 2 * i : i];
         const __half zero = ((const __half *)scales)[part ? 2 * i + 1 : steps * 16 + i];

@@ -71,21 +71,25 @@ struct fkv_cuda_cache {
     int32_t panels; /* most V panels of a head, exact ones included, for sizes; */
     int32_t most_k_planes, most_k_exacts; /* and of K's planes and exact channels, with padding */
     int32_t most_bytes;                   /* of a head's unit */
-    float scale; /* softmax scale */
+    float scale;                          /* softmax scale */
     double rope_scaling;
     uint64_t inv_freq;   /* double [rope_dim / 2] */
     uint64_t heads;      /* struct fkv_cuda_head [layers][Hk] */
     uint64_t planes;     /* struct fkv_plane [] */
     uint64_t unit_bytes; /* int32_t [layers] */
     uint64_t carriers;   /* float [layers][2][Hk][D] */
-    uint64_t kinds;   /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
-    uint64_t basis; /* fragments [2][fast / 16 + 1][unit / 32][2], f16: functions of the distance j + 1/2 from the
+    uint64_t kinds; /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
+    uint64_t
+        basis; /* fragments [2][fast / 16 + 1][unit / 32][2], f16: functions of the distance j + 1/2 from the
                        unit's middle, even ones, then odd ones, high and low parts: cosines or sines of the fast
                        pairs, then 8 even or odd polynomials */
-    uint64_t sections; /* fragments [FKV_SPAN][2], f16: polynomials of the span in those of its units: rows are 8 even
+    uint64_t
+        sections; /* fragments [FKV_SPAN][2], f16: polynomials of the span in those of its units: rows are 8 even
                           and 8 odd ones of the unit */
-    uint64_t turns;    /* float2 [FKV_SPAN][fast]: cos and sin of w_j times the middle of unit i of a span */
-    uint64_t project; /* fragments [(pairs - fast) / 8][2], f16: high and low parts of what slow pairs give to the
+    uint64_t
+        turns; /* float2 [FKV_SPAN][fast]: cos and sin of w_j times the middle of unit i of a span */
+    uint64_t
+        project; /* fragments [(pairs - fast) / 8][2], f16: high and low parts of what slow pairs give to the
                          polynomials; columns are (cos, sin) of a pair */
 };
 
@@ -145,7 +149,7 @@ struct fkv_cuda_attend {
     int32_t layer, appended;
     int32_t grid;
     int32_t longest, n_rows; /* append: new tokens of a sequence at most, if that is many; else 0 */
-    int32_t follows; /* attention: the launch before it is the append of the same tokens */
+    int32_t follows;         /* attention: the launch before it is the append of the same tokens */
     struct fkv_cuda_view q, out, lse;
 };
 

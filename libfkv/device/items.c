@@ -212,8 +212,8 @@ static fkv_status need_capacity(struct fkv_plan_object *plan, int64_t items) {
                         (long long)p->item_capacity, (long long)items);
     }
     /* blocks fetch their first item before they know how many there are */
-    const int64_t capacity =
-        fkv_max64(items + items / 4 + 64, BLOCKS_PER_PROCESSOR * (int64_t)plan->ctx->multiprocessors);
+    const int64_t capacity = fkv_max64(items + items / 4 + 64,
+                                       BLOCKS_PER_PROCESSOR * (int64_t)plan->ctx->multiprocessors);
     const size_t list = 16 + (size_t)capacity * sizeof(struct fkv_cuda_item);
     fkv_status status = fkv_device_reserve(plan->cache, &p->items, (size_t)p->n_lists * list);
     if (status == FKV_OK) {

@@ -11,7 +11,8 @@
 
 /* Offsets of the tables in the buffer, and sizes. */
 struct plan_of_tables {
-    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, sections, turns, project, bytes;
+    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, sections, turns, project,
+        bytes;
     size_t n_planes;
 };
 
@@ -157,8 +158,8 @@ static void put(uint16_t *fragment, int r, int c, double x) {
 }
 
 /* Even (0) and odd (1) functions of the distance j + 1/2 from a unit's middle. */
-static double basis_at(const struct fkv_model *m, const struct fkv_cuda_cache *c, int odd, int column,
-                       int j) {
+static double basis_at(const struct fkv_model *m, const struct fkv_cuda_cache *c, int odd,
+                       int column, int j) {
     const int group = column / 8, k = column % 8, pair = column;
     if (group < c->fast / 8) {
         const double angle = pair < m->rope_dim / 2 ? m->inv_freq[pair] * (j + 0.5) : 0.0;
