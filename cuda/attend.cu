@@ -28,6 +28,8 @@ template <typename T, int H>
 __device__ void run_exact(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
                           uint32_t &passed) {
     Running r = {{kLowest, kLowest}, {0.0f, 0.0f}};
+    load_query(b, row, item, 1.0f);
+    __syncthreads();
     make_factors<T, H>(b);
     __syncthreads();
     exact_item<T, H>(b, row, item, r, (float4 *)b.of_warp(b.warp), passed);
@@ -107,11 +109,6 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
         clear_sums(b);
         __syncthreads();
         if (MT && item.coded) {
-            fetch_profile(b, item, head);
-        }
-        load_query(b, row, item, Queries<T>::top);
-        __syncthreads();
-        if (MT && item.coded) {
             run_coded<T, MT ? MT : 4, H>(b, row, item, head, passed);
         } else {
             run_exact<T, H>(b, row, item, passed);
@@ -168,10 +165,13 @@ template <typename T, int MT, int H> cudaError_t launch(Arguments &g, cudaStream
 }
 
 /* Room for units such that two blocks fit on a multiprocessor. Parts of larger ones are read where they lie. */
-template <int H> void choose_stages(Arguments &g) {
+template <int H> void choose_stage(Arguments &g) {
     constexpr int room =
         (113 << 10) - 512; /* of 228 KiB, less what the system and the kernel take of it */
+    const int exact_tiles = g.exact_tiles;
+    g.exact_tiles = 0; /* their sums may take the units' place */
     const int most = (room - layout<H>(g).bytes) / kWarps / 128 * 128;
+    g.exact_tiles = exact_tiles;
     g.stage = (g.c.most_bytes + 127) / 128 * 128;
     if (g.stage > most) {
         g.stage = most > 0 ? most : 0;
@@ -181,12 +181,12 @@ template <int H> void choose_stages(Arguments &g) {
 template <typename T, int MT> cudaError_t by_heads(Arguments &g, cudaStream_t stream) {
     if (g.c.group <= 4) {
         if (MT) {
-            choose_stages<4>(g);
+            choose_stage<4>(g);
         }
         return launch<T, MT, 4>(g, stream);
     }
     if (MT) {
-        choose_stages<8>(g);
+        choose_stage<8>(g);
     }
     return launch<T, MT, 8>(g, stream);
 }

@@ -15,6 +15,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLowest = -1e30f; /* stands for -infinity where differences are taken */
+constexpr int kMergeGroups = 4;   /* of threads, when parts of an output are added */
 constexpr int kPBits = 10;        /* low parts of weights are normal numbers of f16 */
 constexpr int kQBits = 12;        /* queries' factors are 2^12 at most, */
 constexpr int kWBits = 14;        /* those of carriers 2^14 */
@@ -86,6 +87,9 @@ template <int H> inline Shared layout(const Arguments &g) {
         s.stage = exact; /* pages on their way, see Ring */
         s.warp_bytes = exact + kStages * kStage;
     }
+    /* merge_parts() has all of it: an output has no more parts than there are blocks, and its tail */
+    const int merge = (kMergeGroups * padded + g.a.grid + 2) * H * 4;
+    s.warp_bytes = s.warp_bytes * kWarps > merge ? s.warp_bytes : merge / kWarps + 1;
     s.warp_bytes = (s.warp_bytes + 127) / 128 * 128;
     s.barriers = s.warps + kWarps * s.warp_bytes;
     s.bytes = s.barriers + kWarps * kStages * 8;

@@ -117,25 +117,28 @@ __device__ void write_output(const Block<H> &b, const fkv_cuda_row &row, const f
     }
 }
 
-/* The parts of one output, in order. */
+/* Largest score and sum of the item's heads over all parts; each part's share in `shares` [parts][H]. */
 template <int H>
-__device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item) {
-    const fkv_cuda_cache &c = b.g.c;
-    const int stride = c.dim + 2, group = min(c.group, FKV_CUDA_MAX_GROUP);
-    const int padded = (c.dim + 15) / 16 * 16;
-    const float *parts = (const float *)b.g.a.partials + (size_t)item.slot * group * stride;
-    float *out = b.template as<float>(b.at.out);
-    for (int h = b.warp; h < item.q_count; h += kWarps) {
+__device__ void weigh_parts(const Block<H> &b, const fkv_cuda_item &item, const float *parts,
+                            int stride, int group, float *shares) {
+    for (int h = b.warp; h < H; h += kWarps) {
         float top = kLowest, sum = 0.0f;
         for (int i = b.lane; i < item.parts; i += 32) {
-            top = fmaxf(top, __ldcg(parts + ((size_t)i * group + h) * stride + c.dim));
+            float x = kLowest;
+            if (h < item.q_count) {
+                x = __ldcg(parts + ((size_t)i * group + h) * stride + b.g.c.dim);
+            }
+            shares[i * H + h] = x;
+            top = fmaxf(top, x);
         }
         for (int i = 16; i; i /= 2) {
             top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
         }
-        for (int i = b.lane; i < item.parts; i += 32) {
-            const float *part = parts + ((size_t)i * group + h) * stride + c.dim;
-            sum = fmaf(__ldcg(part + 1), fast_exp2(__ldcg(part) - top), sum);
+        for (int i = b.lane; h < item.q_count && i < item.parts; i += 32) {
+            const float share = fast_exp2(shares[i * H + h] - top);
+            shares[i * H + h] = share;
+            sum =
+                fmaf(__ldcg(parts + ((size_t)i * group + h) * stride + b.g.c.dim + 1), share, sum);
         }
         for (int i = 16; i; i /= 2) {
             sum += __shfl_xor_sync(~0u, sum, i);
@@ -146,17 +149,41 @@ __device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fk
         }
     }
     __syncthreads();
-    for (int j = b.thread; j < item.q_count * c.dim; j += kThreads) {
-        const int h = j / c.dim, d = j % c.dim;
-        const float *part = parts + (size_t)h * stride;
-        const float top = b.total_max()[h];
-        float o = 0.0f;
+}
+
+/* The parts of one output, in order: each of 4 groups of threads adds every fourth one, four channels at a time. */
+template <int H>
+__device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int stride = FKV_CUDA_PARTIAL(c.dim), group = min(c.group, FKV_CUDA_MAX_GROUP);
+    const int padded = (c.dim + 15) / 16 * 16, words = c.dim / 4 * item.q_count;
+    const float *parts = (const float *)b.g.a.partials + (size_t)item.slot * group * stride;
+    float *out = b.template as<float>(b.at.out);
+    /* the warps' own memory is free by now */
+    float *sums = (float *)b.of_warp(0), *shares = sums + kMergeGroups * H * padded;
+    weigh_parts(b, item, parts, stride, group, shares);
+    for (int j = b.thread; j < words * kMergeGroups; j += kThreads) {
+        const int which = j % words, part = j / words;
+        const int h = which / (c.dim / 4), d = which % (c.dim / 4) * 4;
+        const float *from = parts + (size_t)h * stride + d;
+        float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
-        for (int i = 0; i < item.parts; i++) {
-            const float *at = part + (size_t)i * group * stride;
-            o = fmaf(__ldcg(at + d), fast_exp2(__ldcg(at + c.dim) - top), o);
+        for (int i = part; i < item.parts; i += kMergeGroups) {
+            const float4 x = __ldcg((const float4 *)(from + (size_t)i * group * stride));
+            const float share = shares[i * H + h];
+            o.x = fmaf(x.x, share, o.x), o.y = fmaf(x.y, share, o.y);
+            o.z = fmaf(x.z, share, o.z), o.w = fmaf(x.w, share, o.w);
         }
-        out[h * padded + d] = o;
+        *(float4 *)(sums + (part * H + h) * padded + d) = o;
+    }
+    __syncthreads();
+    for (int j = b.thread; j < item.q_count * c.dim; j += kThreads) {
+        const int at = j / c.dim * padded + j % c.dim;
+        float o = 0.0f;
+        for (int part = 0; part < kMergeGroups; part++) {
+            o += sums[part * H * padded + at];
+        }
+        out[at] = o;
     }
     __syncthreads();
     for (int h = b.warp; h < item.q_count; h += kWarps) {
@@ -176,7 +203,7 @@ __device__ void end_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_c
         }
         return;
     }
-    const int stride = c.dim + 2, group = min(c.group, FKV_CUDA_MAX_GROUP);
+    const int stride = FKV_CUDA_PARTIAL(c.dim), group = min(c.group, FKV_CUDA_MAX_GROUP);
     float *part = (float *)b.g.a.partials + (size_t)(item.slot + item.part) * group * stride;
     for (int h = b.warp; h < item.q_count; h += kWarps) {
         for (int d = b.lane; d < c.dim; d += 32) {

@@ -29,6 +29,16 @@ __device__ void fetch_profile(const Block<H> &b, const fkv_cuda_item &item,
     copy(b.at.lists + b.g.k_planes * size, (const char *)(planes + head.k_exacts),
          head.k_exact * 16 * size);
     copies_commit();
+    /* what the end of the item will need of V */
+    const size_t values = first + (size_t)c.n_kv_heads * c.dim;
+    const auto touch = [&](const char *from, int bytes, int warp) {
+        if (b.warp == warp && b.lane * 128 < bytes) {
+            prefetch(from + b.lane * 128);
+        }
+    };
+    touch((const char *)((const float *)c.carriers + values), c.dim * 4, 0);
+    touch((const char *)c.kinds + values, c.dim, 1);
+    touch((const char *)(planes + head.v_planes), head.v_steps * 16 * size, 2);
 }
 
 /* Queries times carriers: [pairs][H] (a, b), and what does not turn. */
@@ -81,7 +91,8 @@ template <int H> __device__ void make_plane_factors(const Block<H> &b, const fkv
     const float *q = b.template as<float>(b.at.q);
     const auto factor = [&](int first, int i, int h, const float *norm) {
         const fkv_plane p = planes[first + i];
-        return p.channel < 0 ? 0.0f : q[h * padded + p.channel] * (power2(2 * p.index) / norm[h]);
+        return p.channel < 0 ? 0.0f
+                             : q[h * padded + p.channel] * __fdividef(power2(2 * p.index), norm[h]);
     };
     for (int i = b.thread; i < head.k_steps * 16 * H; i += kThreads) {
         const int panel = i / (16 * H), h = i / 16 % H;
@@ -350,6 +361,8 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
     } else {
         belt.announce(belt.at, 1);
     }
+    fetch_profile(b, item, head);
+    load_query(b, row, item, Queries<T>::top);
     copies_wait(false);
     __syncthreads();
     weigh_carriers(b);

@@ -40,9 +40,11 @@
 
 #define FKV_MODULE_ABI 2u
 #define FKV_MODULE_ENTRY "fkv_cuda_module"
-#define FKV_SPAN 8             /* units that share the carriers' weights */
-#define FKV_CUDA_CHEBYSHEV 16  /* polynomials for the slow pairs of a span */
-#define FKV_CUDA_MAX_GROUP 8   /* query heads that one work item serves */
+#define FKV_SPAN 8            /* units that share the carriers' weights */
+#define FKV_CUDA_CHEBYSHEV 16 /* polynomials for the slow pairs of a span */
+#define FKV_CUDA_MAX_GROUP 8  /* query heads that one work item serves */
+#define FKV_CUDA_PARTIAL(dim)                                                                      \
+    ((dim) + 4)                /* floats of a partial result: rows stay aligned to 16 bytes */
 #define FKV_CUDA_NO_CHANNEL -1 /* a plane that fills up a panel */
 
 /* A plane of two bits, or an exact channel. */
@@ -143,7 +145,8 @@ struct fkv_cuda_attend {
     uint64_t step, rows, items; /* items of this layer */
     uint64_t n_items;           /* int32_t, on the device */
     uint64_t rope;              /* float [2][pairs][rope_capacity] */
-    uint64_t partials;          /* float [slots][group][D + 2] */
+    uint64_t
+        partials; /* float [slots][group][FKV_CUDA_PARTIAL(D)]: sums, largest score, sum of weights */
     uint64_t counters; /* uint32_t: items taken, then [outputs] parts done; zero between launches */
     int64_t rope_capacity;
     int32_t layer, appended;

@@ -11,7 +11,7 @@
 /* Blocks that run on a multiprocessor at once, and the costs of a warp's work in bytes that would take as long to
  * read: a page of exact tokens costs its bytes, a unit of codes its bytes and its instructions. */
 #define BLOCKS_PER_PROCESSOR 2
-#define UNIT_COST 7000
+#define UNIT_COST 12000
 #define WARPS 8
 
 /* What a row shows in a layer. */
@@ -115,7 +115,7 @@ static int64_t choose_cost(const struct fkv_plan_object *plan, int layer, int64_
     int64_t most = fkv_max64(1, cost / grid);
     *items = count_items(plan, layer, most, &cost);
     while (*items > grid && *items > least) {
-        most += most / 16 + 1;
+        most += most / 64 + 1;
         *items = count_items(plan, layer, most, &cost);
     }
     *items += outputs; /* the tails */
@@ -230,7 +230,7 @@ static fkv_status need_results(struct fkv_plan_object *plan, int64_t slots, int6
     struct fkv_device_plan *p = plan->device;
     const struct fkv_cuda_cache *c = &plan->cache->device->c;
     const int group = c->group < FKV_CUDA_MAX_GROUP ? c->group : FKV_CUDA_MAX_GROUP;
-    const size_t partials = (size_t)slots * (size_t)group * (size_t)(c->dim + 2) * sizeof(float);
+    const size_t partials = (size_t)slots * (size_t)group * (size_t)FKV_CUDA_PARTIAL(c->dim) * sizeof(float);
     const size_t counters = (size_t)(outputs + 1) * sizeof(uint32_t); /* and of items taken */
     if (p->captured && (partials > p->partials.bytes || counters > p->counters.bytes)) {
         return fkv_fail(plan->ctx, FKV_ERR_STATE,
