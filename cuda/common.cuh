@@ -39,6 +39,13 @@ __device__ __forceinline__ void copy_async(void *to, const void *p) {
         "l"(p)
         : "memory");
 }
+/* 8 bytes */
+__device__ __forceinline__ void copy_async8(void *to, const void *p) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(p)
+        : "memory");
+}
 __device__ __forceinline__ void copies_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -63,6 +70,30 @@ __device__ __forceinline__ void prefetch(const void *p) {
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* What the launch before has written is there behind this, if this launch was allowed to begin early. */
+__device__ __forceinline__ void await_launch() {
+#if FKV_BULK
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* The next launch may begin when all blocks have said this or ended. */
+__device__ __forceinline__ void release_launch() {
+#if FKV_BULK
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* `bytes` (a multiple of 16) to the second-level cache, by one thread. */
+__device__ __forceinline__ void prefetch_block(const void *p, uint32_t bytes) {
+#if FKV_BULK
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#else
+    for (uint32_t i = 0; i < bytes; i += 128) {
+        prefetch((const char *)p + i);
+    }
+#endif
 }
 
 #if FKV_BULK
@@ -201,6 +232,31 @@ __device__ __forceinline__ int in_page(int token, int channel, bool value) {
     const int fragment = channel / 16 * 4 + token / 16;
     return fragment * 256 +
            (value ? in_fragment(channel % 16, token % 16) : in_fragment(token % 16, channel % 16));
+}
+
+/* A token's number in the order of its unit, and the other way round: see backend_cuda.h. */
+__device__ __forceinline__ int in_order(int unit, int token) {
+    return token < unit / 2 ? unit / 2 - 1 - token : token;
+}
+
+/* Where a code lies in its part's codes: word, and lowest bit; see backend_cuda.h. `tiles` of 16 tokens a unit;
+ * `token` is in order. */
+struct Place {
+    int word, bit;
+};
+__device__ __forceinline__ Place place_in_k(int steps, int tiles, int plane, int token) {
+    const int tile = token / 16, r = token % 16, panel = plane / 16, k = plane % 16;
+    const int lane = r % 8 * 4 + k / 4, bit = k % 4 * 8 + tile % 4 * 2;
+    if ((panel | 1) < steps) {
+        return {panel / 2 * tiles * 32 + (tile / 4 * 32 + lane) * 4 + r / 8 + panel % 2 * 2, bit};
+    }
+    return {panel * tiles * 16 + lane * (tiles / 2) + tile / 4 * 2 + r / 8, bit};
+}
+__device__ __forceinline__ Place place_in_v(int tiles, int plane, int token) {
+    const int tile = token / 16, r = token % 16, step = tile / 2, each = tiles / 4;
+    const int lane = plane % 8 * 4 + r % 8 / 2;
+    return {plane / 16 * tiles * 16 + lane * (tiles / 2) + step % each * 2 + tile % 2,
+            (r % 2 * 2 + r / 8) * 8 + (step / each * 2 + plane % 16 / 8) * 2};
 }
 
 /* Whether d is the first of its RoPE pair, the pair's number, and the other channel. pair -1: none */

@@ -48,6 +48,7 @@ __device__ inline int row_of(const fkv_cuda_row *rows, int n, int token) {
 template <typename T>
 __global__ void append_kernel(const fkv_cuda_cache c, const fkv_cuda_attend a,
                               const fkv_cuda_view k, const fkv_cuda_view v, bool groups) {
+    release_launch();
     const fkv_cuda_step &step = *(const fkv_cuda_step *)a.step;
     const fkv_cuda_row *rows = (const fkv_cuda_row *)a.rows;
     const int panels = (c.dim + 15) / 16, lane = threadIdx.x % 32;
@@ -131,14 +132,6 @@ __launch_bounds__(128) void append_groups_kernel(const fkv_cuda_cache c, const f
 
 /* ---- reading back */
 
-__device__ inline unsigned plane_code(const char *panel, int channel, int token, int fragments,
-                                      bool value) {
-    const int r = value ? channel % 16 : token % 16, col = value ? token % 16 : channel % 16;
-    const int fragment = token / 16, lane = r % 8 * 4 + col % 8 / 2;
-    const uint32_t word = ((const uint32_t *)panel)[lane * (fragments / 2) + fragment / 2];
-    return word >> (16 * (col % 2) + 8 * (fragment % 2) + 2 * (r / 8 + 2 * (col / 8))) & 3;
-}
-
 __device__ inline float exact_of(const void *from, int dtype, int at) {
     const uint16_t bits = ((const uint16_t *)from)[at];
     return dtype == FKV_F16 ? Element<__half>::value(bits) : Element<__nv_bfloat16>::value(bits);
@@ -163,19 +156,17 @@ __device__ inline double carrier_at(const fkv_cuda_cache &c, int layer, int part
 __device__ inline float coded_value(const fkv_cuda_cache &c, const char *unit, int layer, int part,
                                     int head_index, int d, int token, double position) {
     const fkv_cuda_head h = ((const fkv_cuda_head *)c.heads)[layer * c.n_kv_heads + head_index];
-    const int fragments = c.unit / 16, panel = fragments * 64;
-    const char *codes = unit + h.offset + (part ? h.k_steps * panel : 0);
-    const char *exact =
-        unit + h.offset + (h.k_steps + h.v_steps) * panel + (part ? h.k_exact * panel * 8 : 0);
-    const char *scales = unit + h.offset + (h.k_steps + h.v_steps) * panel +
-                         (h.k_exact + h.v_exact) * panel * 8 + (part ? h.k_steps * 64 : 0);
+    const int tiles = c.unit / 16, panel = tiles * 64;
+    token = in_order(c.unit, token);
     const int steps = part ? h.v_steps : h.k_steps, exacts = part ? h.v_exact : h.k_exact;
+    const char *codes = unit + h.offset + (part ? h.k_bytes : 0);
+    const char *exact = codes + steps * panel, *scales = exact + exacts * panel * 8;
     const fkv_plane *planes = (const fkv_plane *)c.planes + (part ? h.v_planes : h.k_planes);
     const fkv_plane *wide = (const fkv_plane *)c.planes + (part ? h.v_exacts : h.k_exacts);
     for (int i = 0; i < exacts * 16; i++) {
         if (wide[i].channel == d) {
             const int at = in_fragment(part ? i % 16 : token % 16, part ? token % 16 : i % 16);
-            return exact_of(exact, c.dtype, (i / 16 * fragments + token / 16) * 256 + at);
+            return exact_of(exact, c.dtype, (i / 16 * tiles + token / 16) * 256 + at);
         }
     }
     double x = carrier_at(c, layer, part, head_index, d, position);
@@ -183,10 +174,12 @@ __device__ inline float coded_value(const fkv_cuda_cache &c, const char *unit, i
         if (planes[i].channel != d) {
             continue;
         }
-        const unsigned code = plane_code(codes + i / 16 * panel, i, token, fragments, part != 0);
-        x += (double)__half2float(((const __half *)scales)[i]) *
-             (double)(code << 2 * planes[i].index);
-        x += (double)__half2float(((const __half *)(scales + steps * 32))[i]);
+        const Place at = part ? place_in_v(tiles, i, token) : place_in_k(steps, tiles, i, token);
+        const unsigned code = ((const uint32_t *)codes)[at.word] >> at.bit & 3;
+        const __half scale = ((const __half *)scales)[part ? 2 * i : i];
+        const __half zero = ((const __half *)scales)[part ? 2 * i + 1 : steps * 16 + i];
+        x += (double)__half2float(scale) * (double)(code << 2 * planes[i].index);
+        x += (double)__half2float(zero);
     }
     return (float)x;
 }

@@ -11,14 +11,24 @@
  *   exact page   for each KV head K [D / 16][64 / 16], then V [D / 16][64 / 16] fragments of 512 bytes, 16 for
  *                each lane; D rounded up to 16. Rows and columns are (token, channel) in K, (channel, token) in V
  *   unit         the tokens that share scales, 64 or 128; a block of the coding is one or more units. For each KV
- *                head, in this order and each a multiple of 16 bytes:
- *                  K codes [k_steps], V codes [v_steps]: panels of 16 planes; a plane is two bits of a channel's
- *                    codes, the panel a matrix with the planes as its channels. A lane's words hold two fragments
- *                    of tokens each: bits 16 (half) + 8 (fragment % 2) + 2 (register), word fragment / 2
- *                  K exact [k_exact], V exact [v_exact]: panels of 16 channels of fragments, as in pages
- *                  K scales and zero points, V scales and zero points, f16 for every plane (zero points stand at a
- *                    channel's first plane, 0 at the others)
- *                  the exponent of the largest K scale, int32; 12 bytes of padding
+ *                head its K, then its V, each part a multiple of 16 bytes:
+ *                  codes: panels of 16 planes, a plane being two bits of a channel's codes
+ *                  exact channels: panels of 16, as fragments like those of pages
+ *                  K: scales [planes], zero points [planes], f16; V: (scale, zero point) [planes]. Zero points stand
+ *                    at a channel's first plane, 0 at the others
+ *                  K: the exponent of the largest scale * 4^(index of the channel's last plane), int32; 12 bytes of
+ *                    padding
+ *   order        tokens of a unit are taken in this order, in codes and exact channels: those of the first half from
+ *                the middle backwards, then those of the second. Below, token n is number n of the order
+ *   codes        lie so that a word with one of four masks is a register of a matrix instruction of 8-bit integers:
+ *                what the mask leaves are four codes times 1, 4, 16 or 64. A lane's words of a panel lie together;
+ *                bits 8 b + 2 p of a word hold, with g = lane / 4, t = lane % 4:
+ *                  K, panels 2 i and 2 i + 1 as one: words [unit / 64][lane][r], tile j is 16 tokens:
+ *                    plane 16 (r / 2) + 4 t + b, token g + 8 (r % 2) of tile 4 j + p, word (j, lane, r)
+ *                  K, a last panel without another: words [lane][unit / 64][r], r < 2:
+ *                    plane 4 t + b, token g + 8 r of tile 4 j + p
+ *                  V, a panel: words [lane][unit / 64][h], s = word / 2, h = word % 2:
+ *                    plane g + 8 (p % 2), token 2 t + b / 2 + 8 (b % 2) of tile 2 (s + p / 2 * unit / 64) + h
  *   table        of a sequence, uint64_t [layers][slots]: the sink page, then for each tile of the body its exact
  *                page, or at the first tile of a block the block
  */
@@ -28,11 +38,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FKV_MODULE_ABI 1u
+#define FKV_MODULE_ABI 2u
 #define FKV_MODULE_ENTRY "fkv_cuda_module"
-#define FKV_SPAN 8             /* units that share the carriers' weights */
-#define FKV_CUDA_CHEBYSHEV 16  /* polynomials for the slow pairs of a span */
-#define FKV_CUDA_MAX_GROUP 8   /* query heads that one work item serves */
+#define FKV_SPAN 8            /* units that share the carriers' weights */
+#define FKV_CUDA_CHEBYSHEV 16 /* polynomials for the slow pairs of a span */
+#define FKV_CUDA_MAX_GROUP 8  /* query heads that one work item serves */
+#define FKV_CUDA_PARTIAL(dim)                                                                      \
+    ((dim) + 4)                /* floats of a partial result: rows stay aligned to 16 bytes */
 #define FKV_CUDA_NO_CHANNEL -1 /* a plane that fills up a panel */
 
 /* A plane of two bits, or an exact channel. */
@@ -44,11 +56,10 @@ struct fkv_plane {
 /* One KV head of one layer. */
 struct fkv_cuda_head {
     int32_t k_steps, v_steps, k_exact, v_exact; /* panels */
-    int32_t offset, bytes;                      /* within a unit */
+    int32_t offset, bytes, k_bytes;             /* within a unit; k_bytes of K come first */
     int32_t k_planes, v_planes;                 /* first entries in the cache's list of planes; */
     int32_t k_exacts, v_exacts;                 /* and of exact channels */
     int32_t carried;                            /* K has carriers */
-    int32_t top_plane;                          /* largest index among K's planes */
 };
 
 /* Geometry and tables of a cache; constant. Addresses are of the device. */
@@ -60,20 +71,28 @@ struct fkv_cuda_cache {
     int32_t
         fast; /* pairs whose carriers are held as cosines, a multiple of 8; the others are polynomials */
     int32_t panels; /* most V panels of a head, exact ones included, for sizes; */
-    int32_t most_k_planes, most_k_exacts,
-        padding; /* and of K's planes and exact channels, with padding */
-    float scale; /* softmax scale */
-    float padding2;
+    int32_t most_k_planes, most_k_exacts; /* and of K's planes and exact channels, with padding */
+    int32_t most_bytes;                   /* of a head's unit */
+    float scale;                          /* softmax scale */
     double rope_scaling;
     uint64_t inv_freq;   /* double [rope_dim / 2] */
     uint64_t heads;      /* struct fkv_cuda_head [layers][Hk] */
     uint64_t planes;     /* struct fkv_plane [] */
     uint64_t unit_bytes; /* int32_t [layers] */
     uint64_t carriers;   /* float [layers][2][Hk][D] */
-    uint64_t kinds;   /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
-    uint64_t basis;   /* fragments [fast / 8 + FKV_SPAN][unit / 16][2], f16: high and low parts */
-    uint64_t turns;   /* float2 [FKV_SPAN][fast]: cos and sin of w_j * unit * i */
-    uint64_t project; /* float [pairs - fast][16] */
+    uint64_t kinds; /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
+    uint64_t
+        basis; /* fragments [2][fast / 16 + 1][unit / 32][2], f16: functions of the distance j + 1/2 from the
+                       unit's middle, even ones, then odd ones, high and low parts: cosines or sines of the fast
+                       pairs, then 8 even or odd polynomials */
+    uint64_t
+        sections; /* fragments [FKV_SPAN][2], f16: polynomials of the span in those of its units: rows are 8 even
+                          and 8 odd ones of the unit */
+    uint64_t
+        turns; /* float2 [FKV_SPAN][fast]: cos and sin of w_j times the middle of unit i of a span */
+    uint64_t
+        project; /* fragments [(pairs - fast) / 8][2], f16: high and low parts of what slow pairs give to the
+                         polynomials; columns are (cos, sin) of a pair */
 };
 
 /* A sequence in a step. */
@@ -126,13 +145,14 @@ struct fkv_cuda_attend {
     uint64_t step, rows, items; /* items of this layer */
     uint64_t n_items;           /* int32_t, on the device */
     uint64_t rope;              /* float [2][pairs][rope_capacity] */
-    uint64_t partials;          /* float [slots][group][D + 2] */
+    uint64_t
+        partials; /* float [slots][group][FKV_CUDA_PARTIAL(D)]: sums, largest score, sum of weights */
     uint64_t counters; /* uint32_t: items taken, then [outputs] parts done; zero between launches */
     int64_t rope_capacity;
     int32_t layer, appended;
     int32_t grid;
     int32_t longest, n_rows; /* append: new tokens of a sequence at most, if that is many; else 0 */
-    int32_t padding;
+    int32_t follows;         /* attention: the launch before it is the append of the same tokens */
     struct fkv_cuda_view q, out, lse;
 };
 

@@ -11,7 +11,7 @@
 /* Blocks that run on a multiprocessor at once, and the costs of a warp's work in bytes that would take as long to
  * read: a page of exact tokens costs its bytes, a unit of codes its bytes and its instructions. */
 #define BLOCKS_PER_PROCESSOR 2
-#define UNIT_COST 7000
+#define UNIT_COST 12000
 #define WARPS 8
 
 /* What a row shows in a layer. */
@@ -85,6 +85,8 @@ static int subgroups(const struct fkv_device_cache *d) {
 static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_t most,
                            int64_t *cost) {
     const struct fkv_device_cache *d = plan->cache->device;
+    const int64_t outputs = plan->tokens * d->c.n_kv_heads * subgroups(d);
+    const int64_t few = plan->ctx->multiprocessors * BLOCKS_PER_PROCESSOR / 8;
     int64_t items = 0;
     *cost = 0;
     for (int64_t i = 0; i < plan->n_rows; i++) {
@@ -92,9 +94,9 @@ static int64_t count_items(const struct fkv_plan_object *plan, int layer, int64_
         for (int h = 0; h < d->c.n_kv_heads; h++) {
             const struct output o = cut_output(d, layer, h, &e, most);
             const int64_t times = plan->rows[i].n_new * subgroups(d);
-            /* a short tail is done by whoever is ready first */
-            items +=
-                (o.coded.parts + (o.coded.parts && o.exact.steps == 1 ? 0 : o.exact.parts)) * times;
+            /* short tails, if they are many, are done by whoever is ready first */
+            const bool apart = o.coded.parts && o.exact.steps == 1 && outputs > few;
+            items += (o.coded.parts + (apart ? 0 : o.exact.parts)) * times;
             *cost += (o.coded.steps * (d->c.coded ? span_cost(d, layer, h) : 0) +
                       o.exact.steps * page_cost(d)) *
                      times;
@@ -113,7 +115,7 @@ static int64_t choose_cost(const struct fkv_plan_object *plan, int layer, int64_
     int64_t most = fkv_max64(1, cost / grid);
     *items = count_items(plan, layer, most, &cost);
     while (*items > grid && *items > least) {
-        most += most / 16 + 1;
+        most += most / 64 + 1;
         *items = count_items(plan, layer, most, &cost);
     }
     *items += outputs; /* the tails */
@@ -209,7 +211,9 @@ static fkv_status need_capacity(struct fkv_plan_object *plan, int64_t items) {
                         "capture again",
                         (long long)p->item_capacity, (long long)items);
     }
-    const int64_t capacity = items + items / 4 + 64;
+    /* blocks fetch their first item before they know how many there are */
+    const int64_t capacity = fkv_max64(items + items / 4 + 64,
+                                       BLOCKS_PER_PROCESSOR * (int64_t)plan->ctx->multiprocessors);
     const size_t list = 16 + (size_t)capacity * sizeof(struct fkv_cuda_item);
     fkv_status status = fkv_device_reserve(plan->cache, &p->items, (size_t)p->n_lists * list);
     if (status == FKV_OK) {
@@ -226,7 +230,7 @@ static fkv_status need_results(struct fkv_plan_object *plan, int64_t slots, int6
     struct fkv_device_plan *p = plan->device;
     const struct fkv_cuda_cache *c = &plan->cache->device->c;
     const int group = c->group < FKV_CUDA_MAX_GROUP ? c->group : FKV_CUDA_MAX_GROUP;
-    const size_t partials = (size_t)slots * (size_t)group * (size_t)(c->dim + 2) * sizeof(float);
+    const size_t partials = (size_t)slots * (size_t)group * (size_t)FKV_CUDA_PARTIAL(c->dim) * sizeof(float);
     const size_t counters = (size_t)(outputs + 1) * sizeof(uint32_t); /* and of items taken */
     if (p->captured && (partials > p->partials.bytes || counters > p->counters.bytes)) {
         return fkv_fail(plan->ctx, FKV_ERR_STATE,

@@ -11,7 +11,8 @@
 
 /* Offsets of the tables in the buffer, and sizes. */
 struct plan_of_tables {
-    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, turns, project, bytes;
+    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, sections, turns, project,
+        bytes;
     size_t n_planes;
 };
 
@@ -104,13 +105,11 @@ static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_
             h->k_exact = (h->v_exacts - h->k_exacts) / PANEL;
             h->v_exact = (next - h->v_exacts) / PANEL;
             h->carried = k->carried;
-            h->top_plane = k->count[FKV_WIDTH_8]                            ? 3
-                           : k->count[FKV_WIDTH_4] || k->count[FKV_WIDTH_3] ? 1
-                                                                            : 0;
             h->offset = offset;
-            h->bytes = (h->k_steps + h->v_steps) * (panel + 64) +
-                       (h->k_exact + h->v_exact) * panel * 8 + 16;
+            h->k_bytes = h->k_steps * (panel + 64) + h->k_exact * panel * 8 + 16;
+            h->bytes = h->k_bytes + h->v_steps * (panel + 64) + h->v_exact * panel * 8;
             offset += h->bytes;
+            d->c.most_bytes = max_int(d->c.most_bytes, h->bytes);
             d->c.panels = max_int(d->c.panels, h->v_steps + h->v_exact);
             d->c.most_k_planes = max_int(d->c.most_k_planes, h->k_steps * PANEL);
             d->c.most_k_exacts = max_int(d->c.most_k_exacts, h->k_exact * PANEL);
@@ -134,16 +133,16 @@ static void lay_out_tables(const struct fkv_profile_object *p, const struct fkv_
     size_t at = 0;
     t->inv_freq = part_of(&at, pairs * sizeof(double));
     if (d->c.coded) {
-        const size_t fragments = (fast / 8 + FKV_SPAN) * (size_t)(d->c.unit / 16) * 2;
+        const size_t fragments = (fast / 16 + 1) * (size_t)(d->c.unit / 16) * 2;
         t->heads = part_of(&at, heads * sizeof(struct fkv_cuda_head));
         t->planes = part_of(&at, t->n_planes * sizeof(struct fkv_plane));
         t->unit_bytes = part_of(&at, (size_t)m->n_layers * sizeof(int32_t));
         t->carriers = part_of(&at, 2 * heads * dim * sizeof(float));
         t->kinds = part_of(&at, 2 * heads * dim);
         t->basis = part_of(&at, fragments * 512);
+        t->sections = part_of(&at, (size_t)FKV_SPAN * 1024);
         t->turns = part_of(&at, FKV_SPAN * fast * 2 * sizeof(float));
-        t->project =
-            part_of(&at, (pairs > fast ? pairs - fast : 1) * FKV_CUDA_CHEBYSHEV * sizeof(float));
+        t->project = part_of(&at, (pairs > fast ? (pairs - fast + 7) / 8 : 1) * 1024);
     }
     t->bytes = at + 256;
 }
@@ -158,44 +157,65 @@ static void put(uint16_t *fragment, int r, int c, double x) {
     fragment[256 + at] = fkv_f32_to_f16((float)(x - (double)fkv_f16_to_f32(fragment[at])));
 }
 
-static double basis_at(const struct fkv_model *m, const struct fkv_cuda_cache *c, int panel,
-                       int column, int token) {
-    if (panel < c->fast / 8) {
-        const int pair = panel * 8 + column / 2;
-        if (pair >= m->rope_dim / 2) {
-            return 0.0;
-        }
-        const double angle = m->inv_freq[pair] * token;
-        return column % 2 ? sin(angle) : cos(angle);
+/* Even (0) and odd (1) functions of the distance j + 1/2 from a unit's middle. */
+static double basis_at(const struct fkv_model *m, const struct fkv_cuda_cache *c, int odd,
+                       int column, int j) {
+    const int group = column / 8, k = column % 8, pair = column;
+    if (group < c->fast / 8) {
+        const double angle = pair < m->rope_dim / 2 ? m->inv_freq[pair] * (j + 0.5) : 0.0;
+        return pair >= m->rope_dim / 2 ? 0.0 : odd ? sin(angle) : cos(angle);
     }
-    const int span = FKV_SPAN * c->unit, within = (panel - c->fast / 8) * c->unit + token;
-    const double x = (within - 0.5 * (span - 1)) / (0.5 * span);
-    return cos(column * acos(x));
+    return group > c->fast / 8 ? 0.0 : cos((2 * k + odd) * acos((j + 0.5) / (0.5 * c->unit)));
 }
 
-static void fill_basis(const struct fkv_model *m, const struct fkv_cuda_cache *c, uint16_t *basis,
-                       float *turns, float *project) {
-    const int pairs = m->rope_dim / 2, rows = c->unit / 16;
-    for (int panel = 0; panel < c->fast / 8 + FKV_SPAN; panel++) {
-        for (int i = 0; i < c->unit * PANEL; i++) {
-            const int token = i / PANEL, column = i % PANEL;
-            put(basis + (size_t)(panel * rows + token / 16) * 512, token % 16, column,
-                basis_at(m, c, panel, column, token));
+static void fill_basis(const struct fkv_model *m, const struct fkv_cuda_cache *c, uint16_t *basis) {
+    const int panels = c->fast / 16 + 1, tiles = c->unit / 32;
+    for (int odd = 0; odd < 2; odd++) {
+        for (int i = 0; i < panels * PANEL * (c->unit / 2); i++) {
+            const int j = i / PANEL % (c->unit / 2), panel = i / PANEL / (c->unit / 2);
+            put(basis + (size_t)((odd * panels + panel) * tiles + j / 16) * 512, j % 16, i % PANEL,
+                basis_at(m, c, odd, panel * PANEL + i % PANEL, j));
         }
     }
+}
+
+/* The coefficient of polynomial m of a unit in polynomial n of its span, by Gauss and Chebyshev's quadrature. */
+static double section(int unit, int m, int n) {
+    enum { NODES = 32 };
+    const double middle = (unit + 0.5 - 0.5 * FKV_SPAN) / (0.5 * FKV_SPAN);
+    double sum = 0.0;
+    for (int k = 0; k < NODES; k++) {
+        const double angle = (k + 0.5) / NODES * 3.14159265358979323846;
+        const double x = middle + cos(angle) / FKV_SPAN;
+        sum += cos(n * acos(x)) * cos(m * angle);
+    }
+    return sum * (m ? 2.0 : 1.0) / NODES;
+}
+
+static void fill_sections(uint16_t *sections) {
+    for (int i = 0; i < FKV_SPAN * FKV_CUDA_CHEBYSHEV * PANEL; i++) {
+        const int n = i % PANEL, r = i / PANEL % PANEL, unit = i / PANEL / PANEL;
+        put(sections + (size_t)unit * 512, r, n, section(unit, r % 8 * 2 + r / 8, n));
+    }
+}
+
+static void fill_turns(const struct fkv_model *m, const struct fkv_cuda_cache *c, float *turns,
+                       uint16_t *project) {
+    const int pairs = m->rope_dim / 2;
     for (int i = 0; i < FKV_SPAN * c->fast; i++) {
         const int pair = i % c->fast;
-        const double angle = pair < pairs ? m->inv_freq[pair] * (i / c->fast * c->unit) : 0.0;
+        const double middle = i / c->fast * c->unit + 0.5 * (c->unit - 1);
+        const double angle = pair < pairs ? m->inv_freq[pair] * middle : 0.0;
         turns[2 * i] = (float)cos(angle);
         turns[2 * i + 1] = (float)sin(angle);
     }
     for (int j = c->fast; j < pairs; j++) {
         /* cos(z x) and sin(z x) in Chebyshev polynomials of x: Jacobi and Anger's expansion */
         const double z = m->inv_freq[j] * 0.5 * FKV_SPAN * c->unit;
+        uint16_t *fragment = project + (size_t)((j - c->fast) / 8) * 512;
         for (int n = 0; n < FKV_CUDA_CHEBYSHEV; n++) {
             const double sign = n / 2 % 2 ? -1.0 : 1.0;
-            project[(j - c->fast) * FKV_CUDA_CHEBYSHEV + n] =
-                (float)(sign * (n ? 2.0 : 1.0) * jn(n, z));
+            put(fragment, n, 2 * ((j - c->fast) % 8) + n % 2, sign * (n ? 2.0 : 1.0) * jn(n, z));
         }
     }
 }
@@ -245,8 +265,9 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
             }
         }
     }
-    fill_basis(m, &d->c, (uint16_t *)(void *)(to + t->basis), (float *)(void *)(to + t->turns),
-               (float *)(void *)(to + t->project));
+    fill_basis(m, &d->c, (uint16_t *)(void *)(to + t->basis));
+    fill_sections((uint16_t *)(void *)(to + t->sections));
+    fill_turns(m, &d->c, (float *)(void *)(to + t->turns), (uint16_t *)(void *)(to + t->project));
 }
 
 static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base,
@@ -258,6 +279,7 @@ static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base,
     c->carriers = base + t->carriers;
     c->kinds = base + t->kinds;
     c->basis = base + t->basis;
+    c->sections = base + t->sections;
     c->turns = base + t->turns;
     c->project = base + t->project;
 }

@@ -378,9 +378,10 @@ static struct fkv_cuda_attend arguments(struct fkv_plan_object *plan, int layer)
     };
 }
 
-fkv_status fkv_device_attend(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
-                             const struct fkv_view *out, const struct fkv_view *lse,
-                             bool appended) {
+/* follows: whether the launch before is the append of the plan's tokens. */
+static fkv_status attend(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
+                         const struct fkv_view *out, const struct fkv_view *lse, bool appended,
+                         bool follows) {
     struct fkv_ctx *ctx = plan->ctx;
     int yes = 0;
     if (!plan->tokens) {
@@ -406,12 +407,19 @@ fkv_status fkv_device_attend(struct fkv_plan_object *plan, int layer, const stru
     }
     struct fkv_cuda_attend a = arguments(plan, layer);
     a.appended = appended;
+    a.follows = follows;
     a.q = cuda_view(q);
     a.out = cuda_view(out);
     a.lse = cuda_view(lse);
     plan->device->captured = plan->device->captured || yes;
     error = ctx->cuda->attend(ctx->device, &plan->cache->device->c, &a, ctx->stream);
     return FKV_DEVICE_CHECK(ctx, error, "attention");
+}
+
+fkv_status fkv_device_attend(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
+                             const struct fkv_view *out, const struct fkv_view *lse,
+                             bool appended) {
+    return attend(plan, layer, q, out, lse, appended, false);
 }
 
 /* Blocks that the row's tokens fill, as jobs; their pages are taken. */
@@ -578,7 +586,7 @@ fkv_status fkv_device_append(struct fkv_plan_object *plan, int layer, const stru
     }
     status = launch_append(plan, layer, k, v, capturing);
     if (status == FKV_OK && q) {
-        status = fkv_device_attend(plan, layer, q, out, lse, true);
+        status = attend(plan, layer, q, out, lse, true, true);
     }
     plan->device->captured = plan->device->captured || capturing;
     if (status == FKV_OK && !capturing) {

@@ -38,4 +38,8 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 echo
 "$bench" --backend cuda || failed=1
+torch_bench=$(dirname "$0")/../../examples/bench/torch_sdpa.py
+if [ -e "$torch_bench" ] && python3 -c 'import torch' 2>/dev/null; then
+    python3 "$torch_bench" || failed=1
+fi
 exit $failed
