@@ -19,12 +19,8 @@ constexpr int kMergeGroups = 4;   /* of threads, when parts of an output are add
 constexpr int kPBits = 10;        /* low parts of weights are normal numbers of f16 */
 constexpr int kQBits = 12;        /* queries' factors are 2^12 at most, */
 constexpr int kWBits = 14;        /* those of carriers 2^14 */
-#ifndef FKV_RING_PANELS
-#define FKV_RING_PANELS 1
-#define FKV_RING_STAGES 4
-#endif
-constexpr int kStages = FKV_RING_STAGES;      /* of an exact cache's ring, see Ring: */
-constexpr int kStagePanels = FKV_RING_PANELS; /* so many panels of a page each */
+constexpr int kStages = 4;        /* of an exact cache's ring, see Ring: */
+constexpr int kStagePanels = 1;   /* so many panels of a page each; 2 were no faster */
 constexpr int kStage = kStagePanels * 2048;
 
 /* Shared memory of a block; offsets in bytes from the start. */

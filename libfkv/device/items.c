@@ -230,7 +230,8 @@ static fkv_status need_results(struct fkv_plan_object *plan, int64_t slots, int6
     struct fkv_device_plan *p = plan->device;
     const struct fkv_cuda_cache *c = &plan->cache->device->c;
     const int group = c->group < FKV_CUDA_MAX_GROUP ? c->group : FKV_CUDA_MAX_GROUP;
-    const size_t partials = (size_t)slots * (size_t)group * (size_t)FKV_CUDA_PARTIAL(c->dim) * sizeof(float);
+    const size_t partials =
+        (size_t)slots * (size_t)group * (size_t)FKV_CUDA_PARTIAL(c->dim) * sizeof(float);
     const size_t counters = (size_t)(outputs + 1) * sizeof(uint32_t); /* and of items taken */
     if (p->captured && (partials > p->partials.bytes || counters > p->counters.bytes)) {
         return fkv_fail(plan->ctx, FKV_ERR_STATE,
