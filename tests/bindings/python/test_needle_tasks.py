@@ -2,6 +2,7 @@
 """examples/needle_model without torch: what is drawn, and how texts are cleaned and collected."""
 import gzip
 import hashlib
+import os
 import pathlib
 import shutil
 import subprocess
@@ -119,7 +120,8 @@ def test_other_languages_are_left_out():
     assert not clean.paragraphs('\u043a\u044d\u0448 the of and to in ' * 50)
 
 
-@pytest.mark.skipif(not shutil.which('groff'), reason='no groff')
+@pytest.mark.skipif(not shutil.which('groff') or 'asan' in os.environ.get('LD_PRELOAD', ''),
+                    reason='no groff, or one that the sanitizers would watch')
 def test_manual_pages():
     page = ('.TH X 3\n.SH NAME\nx \\- hold the keys of a cache\n.SH DESCRIPTION\nThe function\n.BR x ()\n'
             + 'holds the keys, and that is what it is for.\n' * 6)
