@@ -179,6 +179,13 @@ def test_packages_are_collected(tmp_path):
     assert (row[0], row[1], row[2], row[4]) == ('some-doc', '1.2-3', '30', 'GPL-2+; MIT')
 
 
+def test_licences_are_names():
+    text = 'License: MIT\n text\nLicense:  GPL-2+ with OpenSSL exception\nLicense: \nLicense: MIT\n'
+    assert collect.licences_of(text) == 'GPL-2+ with OpenSSL exception; MIT'
+    sentence = 'License: By obtaining, using, and/or copying this software you agree\n'
+    assert collect.licences_of(sentence) == collect.licences_of('') == 'see its file copyright'
+
+
 def test_listed_packages_are_sorted_and_once():
     listed = collect.listed_packages(collect.PACKAGES)
     assert listed == sorted(set(listed)) and len(listed) > 20
