@@ -100,6 +100,8 @@ def from_manual(data: bytes) -> str:
         return ''
     done = subprocess.run(['groff', '-t', '-mandoc', '-Tascii', '-P-cbou', '-rLL=90n', '-rHY=0'], input=data,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise OSError(f'groff ended with {done.returncode}')
     lines = done.stdout.decode('ascii', 'ignore').split('\n')
     # Without the lines at the top and bottom, and the spaces that make lines equally long.
     return '\n'.join(re.sub(r'(?<=\S) +', ' ', line) for line in lines if not RUNNING_HEAD.search(line))

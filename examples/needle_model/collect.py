@@ -47,8 +47,8 @@ def listed_packages(path: pathlib.Path) -> list[str]:
 
 
 def licences_of(text: str) -> str:
-    """Short names out of a machine-readable copyright file; others name none that a program could read."""
-    found = sorted(set(re.findall(r'^License:[ \t]*(\S[^\n]*)', text, re.M)))
+    """Short names out of a machine-readable copyright file; in others, what follows is a sentence or nothing."""
+    found = sorted(set(re.findall(r'^License:[ \t]*(\w.{0,49})$', text, re.M)))
     return '; '.join(found) if found else 'see its file copyright'
 
 

@@ -2,6 +2,7 @@
 """examples/needle_model without torch: what is drawn, and how texts are cleaned and collected."""
 import gzip
 import hashlib
+import os
 import pathlib
 import shutil
 import subprocess
@@ -119,7 +120,8 @@ def test_other_languages_are_left_out():
     assert not clean.paragraphs('\u043a\u044d\u0448 the of and to in ' * 50)
 
 
-@pytest.mark.skipif(not shutil.which('groff'), reason='no groff')
+@pytest.mark.skipif(not shutil.which('groff') or 'asan' in os.environ.get('LD_PRELOAD', ''),
+                    reason='no groff, or one that the sanitizers would watch')
 def test_manual_pages():
     page = ('.TH X 3\n.SH NAME\nx \\- hold the keys of a cache\n.SH DESCRIPTION\nThe function\n.BR x ()\n'
             + 'holds the keys, and that is what it is for.\n' * 6)
@@ -175,6 +177,13 @@ def test_packages_are_collected(tmp_path):
     check_corpus(tmp_path / 'out', 30)
     row = (tmp_path / 'out/SOURCES.tsv').read_text().splitlines()[1].split('\t')
     assert (row[0], row[1], row[2], row[4]) == ('some-doc', '1.2-3', '30', 'GPL-2+; MIT')
+
+
+def test_licences_are_names():
+    text = 'License: MIT\n text\nLicense:  GPL-2+ with OpenSSL exception\nLicense: \nLicense: MIT\n'
+    assert collect.licences_of(text) == 'GPL-2+ with OpenSSL exception; MIT'
+    sentence = 'License: By obtaining, using, and/or copying this software you agree\n'
+    assert collect.licences_of(sentence) == collect.licences_of('') == 'see its file copyright'
 
 
 def test_listed_packages_are_sorted_and_once():
