@@ -2,8 +2,7 @@
 """Methods of others. StreamingLLM and SnapKV are kvpress's; of KIVI there is a reference here."""
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
@@ -14,27 +13,10 @@ from .stores import Dense
 
 # ---- kvpress
 
-@contextlib.contextmanager
-def _attention_functions_kept() -> Iterator[None]:
-    """kvpress wraps all attention functions of transformers when it is imported, for methods that are not
-    used here. The wrapper takes arguments by place, which the function of fkv.transformers does not."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
-    before = dict(functions.items())
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            with contextlib.suppress(KeyError):
-                del functions[name]  # what was laid over it
-            if name not in functions or functions[name] is not function:
-                functions[name] = function
-
-
 def presses() -> Any:
     """The module kvpress."""
     try:
-        with _attention_functions_kept():
-            import kvpress
+        import kvpress
     except ImportError as error:
         raise ImportError('streamingllm and snapkv need kvpress, with a version that takes this transformers: '
                           f"pip install 'fkv[eval]' ({error})") from error

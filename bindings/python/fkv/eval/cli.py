@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument('--tokens', default='tokenizer', choices=('tokenizer', 'bytes'), help='bytes: a byte is a token')
     parser.add_argument('--device', default='cpu', help='of torch (default cpu)')
     parser.add_argument('--dtype', default='auto', help='of the weights (default: as stored)')
-    parser.add_argument('--threads', type=int, help='of libfkv (default: as many as torch)')
+    parser.add_argument('--threads', type=int, help='of torch and of libfkv (default: as torch has it)')
     parser.add_argument('--seed', type=int, default=1, help='of the items (default 1)')
     for name, value, what in (('sinks', 4, 'first tokens held exactly'), ('local', 128, 'newest tokens held exactly'),
                               ('calibrate', 4, 'contexts that the Fourier methods are calibrated on')):
@@ -137,6 +137,9 @@ def load_model(args: Any) -> Any:
         raise ImportError("python -m fkv eval needs torch and transformers: pip install 'fkv[eval]'") from error
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if args.threads is not None:
+        import torch
+        torch.set_num_threads(args.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     return model.to(args.device).eval()
 
@@ -149,6 +152,8 @@ def check(args: Any) -> list:
     tasks = tasks_of(args.tasks)
     lengths_of(args.context)
     counts_of(args.items, tasks)
+    if args.threads is not None and args.threads < 1:
+        raise ValueError('--threads must be at least 1')
     if args.sinks < 0 or args.local < 1 or args.calibrate < 1:
         raise ValueError('--sinks must be at least 0, --local and --calibrate at least 1')
     return names

@@ -76,10 +76,14 @@ class Dense:
 def attend(q, k, v, scale):
     """Causal attention of the newest tokens: q [Hq, T, D], k, v [Hk, n, D]."""
     group = q.shape[0] // k.shape[0]
+    tokens, n = q.shape[1], k.shape[1]
+    if tokens == 1:  # heads of a group stand where tokens would, and nothing is repeated
+        grouped = q.reshape(1, k.shape[0], group, -1)
+        out = functional.scaled_dot_product_attention(grouped, k[None], v[None], scale=scale)
+        return out.reshape(q.shape[0], 1, -1)
     k, v = (x.repeat_interleave(group, 0)[None] for x in (k, v))
-    tokens, n = q.shape[1], k.shape[2]
     mask = None
-    if 1 < tokens < n:
+    if tokens < n:
         mask = torch.ones(tokens, n, dtype=torch.bool, device=q.device).tril(n - tokens)
     return functional.scaled_dot_product_attention(q[None], k, v, attn_mask=mask, scale=scale,
-                                                   is_causal=tokens == n and tokens > 1)[0]
+                                                   is_causal=tokens == n)[0]

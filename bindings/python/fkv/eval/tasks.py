@@ -98,9 +98,10 @@ def _hide(source: Source, hay: list[int], facts: list[tuple[float, str]]) -> lis
     used = 0
     for depth, fact in sorted(facts):
         at = target = min(int(depth * len(hay)), len(hay))
-        while at > used and not (at < len(hay) and source.tokens.begins_word(hay[at])):
+        while at > used and at < len(hay) and not source.tokens.begins_word(hay[at]):
             at -= 1
-        at = at if at > used else max(target, used)
+        if at == used < len(hay) and not (used and source.tokens.begins_word(hay[used])):
+            at = max(target, used)  # there is no word to go before
         out += hay[used:at] + source.tokens.encode(fact)
         used = at
     return out + hay[used:]
