@@ -119,7 +119,8 @@ def make_items(args: Any, source: Source | None, tokens: Any, longest: int | Non
         if item.key in seen:
             raise ValueError(f'two items are {item.task} {item.index}: give files of the same task one by one')
         seen.add(item.key)
-    return made
+    # In turn, so that what is there early tells something of every task.
+    return sorted(made, key=lambda item: item.index)
 
 
 def marks_of(args: Any, text: str) -> dict:
@@ -127,7 +128,7 @@ def marks_of(args: Any, text: str) -> dict:
     data = hashlib.sha256(text.encode()).hexdigest()[:16]
     given = {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16] for path in args.data}
     return dict(model=str(args.model), text=data, data=given, items=args.items, seed=args.seed, tokens=args.tokens,
-                dtype=args.dtype, sinks=args.sinks, local=args.local)
+                dtype=args.dtype, sinks=args.sinks, local=args.local, calibrate=args.calibrate)
 
 
 def load_model(args: Any) -> Any:
