@@ -261,10 +261,10 @@ def test_table():
 
 
 def test_items_of_files_are_taken_together():
-    rows = [dict(row('full', 1, 'qasper', metric='f1'), length=100), dict(row('full', 0, 'qasper', metric='f1'),
-                                                                       length=200, index=1)]
+    rows = [dict(row('full', score, 'vt', metric='all', index=score, given=True), length=100 + score)
+            for score in (1, 0)]
     (cell,) = report.summarize(rows)
-    assert cell.items == 2 and cell.length == 0 and 'qasper (2)' in report.table([cell])
+    assert cell.items == 2 and cell.length == 0 and 'vt (2)' in report.table([cell])
 
 
 def test_needle_grid():

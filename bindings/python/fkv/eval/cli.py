@@ -36,7 +36,8 @@ def add_parser(commands: Any) -> None:
                         help='keeps answers, tables and pictures there; finished items are not asked again')
     parser.add_argument('--json', action='store_true', help='the table for programs')
     parser.add_argument('--quiet', action='store_true', help='no progress')
-    parser.add_argument('--tokens', default='tokenizer', choices=('tokenizer', 'bytes'), help='bytes: a byte is a token')
+    parser.add_argument('--tokens', default='tokenizer', choices=('tokenizer', 'bytes'),
+                        help='bytes: a byte is a token')
     parser.add_argument('--device', default='cpu', help='of torch (default cpu)')
     parser.add_argument('--dtype', default='auto', help='of the weights (default: as stored)')
     parser.add_argument('--threads', type=int, help='of torch and of libfkv (default: as torch has it)')

@@ -72,7 +72,7 @@ def _text(record: dict, name: str, place: str) -> str:
 
 def _item(task: str, index: int, context: str, question: str, tokens: Any, **more) -> Item:
     ids, asked = tokens.prefix + tokens.encode(context), tokens.encode(question)
-    return Item(task, len(ids) + len(asked), index, ids, asked, **more)
+    return Item(task, len(ids) + len(asked), index, ids, asked, given=True, **more)
 
 
 def _ruler(record: dict, index: int, place: str, path: pathlib.Path, tokens: Any) -> Item:

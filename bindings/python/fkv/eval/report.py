@@ -39,18 +39,15 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 def summarize(rows: list[dict], methods: list[str] | None = None) -> list[Cell]:
     """Cells by task and length, each in the order in which they come first; methods in their own."""
     groups: dict[tuple, list[dict]] = {}
+    # Items of files have lengths of their own; they are taken together.
     for row in rows:
-        groups.setdefault((row['task'], row['length'] if row['metric'] in MADE else 0, row['method']),
+        groups.setdefault((row['task'], 0 if row.get('given') else row['length'], row['method']),
                           []).append(row)
     order = methods or list(dict.fromkeys(row['method'] for row in rows))
     first = {task: place for place, task in enumerate(dict.fromkeys(row['task'] for row in rows))}
     tasks = sorted(dict.fromkeys(key[:2] for key in groups), key=lambda key: (first[key[0]], key[1]))
     return [_cell(groups[(*task, method)], groups.get((*task, 'full')), task[1])
             for method in order for task in tasks if (*task, method) in groups]
-
-
-#: Metrics of the tasks that are made here; items of files have lengths of their own and are taken together.
-MADE = 'begins', 'tokens', 'bits', 'all'
 
 
 def _cell(rows: list[dict], full: list[dict] | None, length: int) -> Cell:

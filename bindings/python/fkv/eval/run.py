@@ -131,7 +131,7 @@ def evaluate(reader: Any, tokens: Any, items: Iterable[Item], methods: list, ans
             held = time.monotonic()
             result = ask(reader, tokens, cache, item)
             answers.add(dict(task=item.task, length=item.length, index=item.index, depth=item.depth,
-                             metric=item.metric, method=str(method.name), tokens=context.tokens, bytes=size,
+                             metric=item.metric, given=item.given, method=str(method.name), tokens=context.tokens, bytes=size,
                              dense=dense, seconds=[held - begin, time.monotonic() - held], **result))
             del cache
             progress.step(f'{item.task} {item.length}, {method.name}')

@@ -35,6 +35,7 @@ class Item:
     references: list[str] = dataclasses.field(default_factory=list)
     max_new: int = 0  #: tokens to generate
     depth: float | None = None
+    given: bool = False  #: read from a file
 
     @property
     def key(self) -> tuple:
