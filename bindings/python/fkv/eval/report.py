@@ -80,7 +80,8 @@ def value_of(cell: Cell | None) -> str:
     if cell is None:
         return ''
     if cell.metric != LOWER_IS_BETTER:
-        error = '' if cell.error is None else f' ±{cell.error:.2f}'
+        # where all are alike, none is known: 8 of 8 is no certainty
+        error = f' ±{cell.error:.2f}' if cell.error else ''
         return f'{cell.score:.2f}{error}' + ('' if cell.share is None else f' ({cell.share:.3f})')
     if cell.change is None or cell.method == 'full':
         return f'{cell.score:.4f}'
