@@ -100,7 +100,7 @@ test_python() {
     install_torch
     run_pytest python
     if [ -d build/transformers-5.0/transformers ]; then
-        PYTHONPATH=$PWD/build/transformers-5.0 run_pytest transformers-5.0 -k test_hf
+        PYTHONPATH=$PWD/build/transformers-5.0 run_pytest transformers-5.0 -k "test_hf or test_eval"
     fi
     build/venv/bin/python tests/bindings/call_cost.py build/tests/bindings/call_cost ||
         failed=$((failed + 1))

@@ -10,6 +10,7 @@ from .report import LOWER_IS_BETTER, Cell, columns_of, heading
 
 NEEDLES = 'niah', 'multikey'
 MARKS = 'osDv^<>PX*hp'
+COLORS = [f'C{i}' for i in range(10)] + ['black', 'navy', 'darkgreen', 'maroon', 'goldenrod']
 
 
 def needle_grid(rows: list[dict], task: str, method: str, parts: int) -> tuple[list[int], list[list[float]]]:
@@ -31,11 +32,11 @@ def needle_map(rows: list[dict], task: str, methods: list[str], path: Any) -> No
     parts = min(10, max(1, depths))
     grids = [needle_grid(mine, task, method, parts) for method in methods]
     lengths = grids[0][0]
-    across = min(len(methods), 7)
-    down = -(-len(methods) // across)
+    down = -(-len(methods) // 7)
+    across = -(-len(methods) // down)
     figure = _figure_class()(figsize=(1.2 + across * (1.1 + .35 * len(lengths)), .9 + down * (1.1 + .2 * parts)),
                              layout='constrained')
-    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(down, across, squeeze=False, sharey=True)
     image = None
     for axis in axes.flat[len(methods):]:
         axis.set_axis_off()
@@ -77,7 +78,7 @@ def _panel(axis, column, cells, methods) -> None:
         for cell in mine:
             if cell.method == method:
                 axis.errorbar(cell.ratio, cell.score, yerr=None if bits else cell.error,
-                              marker=MARKS[number % len(MARKS)], color=f'C{number % 10}', linestyle='none',
+                              marker=MARKS[number % len(MARKS)], color=COLORS[number % len(COLORS)], linestyle='none',
                               capsize=2, label=method)
     full = next((cell.score for cell in mine if cell.method == 'full'), None)
     if full is not None:
