@@ -68,10 +68,8 @@ install_torch() {
     begin=$(date +%s)
     build/venv/bin/pip install -q --disable-pip-version-check torch 'transformers >= 5.0, < 6' ||
         echo "torch and transformers: not to be had"
-    # Methods that python -m fkv eval compares with. Its newest version may want an older transformers.
-    build/venv/bin/pip install -q --disable-pip-version-check 'kvpress >= 0.5.2' \
-        "$(build/venv/bin/pip freeze --disable-pip-version-check | grep -i '^transformers==')" ||
-        echo "kvpress: not to be had"
+    # Methods that python -m fkv eval compares with; later versions would bring an older transformers.
+    build/venv/bin/pip install -q --disable-pip-version-check 'kvpress == 0.5.2' || echo "kvpress: not to be had"
     # The oldest version that is supported, beside the newest.
     build/venv/bin/pip install -q --disable-pip-version-check --target build/transformers-5.0 \
         'transformers == 5.0.*' || echo "transformers 5.0: not to be had"
