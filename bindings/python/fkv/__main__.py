@@ -11,6 +11,7 @@ import sys
 
 import fkv
 from fkv import capi, models, plot
+from fkv.eval import cli as evaluation
 
 
 def print_info(args) -> None:
@@ -184,6 +185,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, value in (('sinks', 4), ('local', 128), ('group', 128), ('block', 128)):
         made.add_argument(f'--{name}', type=int, default=value, help=f'default {value}')
     made.set_defaults(run=calibrate)
+
+    evaluation.add_parser(commands)
 
     stats = commands.add_parser('stats', help='bytes that a profile takes at given lengths')
     stats.add_argument('file', help='a profile (JSON)')

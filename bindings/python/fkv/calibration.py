@@ -134,8 +134,8 @@ def _attention_class():
     return Attention
 
 
-def _attention(module, query, key, value, attention_mask=None, scaling=None, sliding_window=None,
-               **_) -> tuple:
+def _attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None,
+               sliding_window=None, **_) -> tuple:
     """What transformers calls instead of its own attention: [B, H, T, D] to [B, T, H, D]."""
     if _run is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise RuntimeError('this attention works for calibration alone, on one sequence without a cache')

@@ -74,26 +74,29 @@ def mask(**kwargs):
     return padding
 
 
-def _refuse(query, attention_mask, kwargs: dict) -> None:
+def _refuse(query, attention_mask, dropout, kwargs: dict) -> None:
     if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.dtype != torch.bool):
         raise ValueError('a FkvCache knows causal attention with padding, given as attention_mask [B, tokens]; '
                          f'this mask has shape {tuple(attention_mask.shape)}')
     if kwargs.get('output_attentions'):
         raise ValueError('output_attentions: libfkv does not give attention weights')
-    if kwargs.get('dropout'):
+    if dropout:
         raise ValueError('a FkvCache is for inference: call model.eval()')
     if query.requires_grad:
         raise ValueError('a FkvCache is for inference: use torch.no_grad()')
 
 
-def attention(module, query, key, value, attention_mask=None, fkv_step=None, **kwargs):
-    """Attention of one layer: [B, H, T, D] to [B, T, H, D]."""
+def attention(module, query, key, value, attention_mask=None, dropout=0.0, fkv_step=None, **kwargs):
+    """Attention of one layer: [B, H, T, D] to [B, T, H, D].
+
+    Dropout stands where the framework's own functions have it, for wrappers that pass it by place (kvpress).
+    """
     if fkv_step is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
     cache, rope, position_ids = fkv_step
     layer, store = cache.layers[module.layer_idx].number, cache.store
     if layer == 0:
-        _refuse(query, attention_mask, kwargs)
+        _refuse(query, attention_mask, dropout, kwargs)
         store.begin(query.shape[0], query.shape[2], attention_mask, position_ids)
     if query.shape[2] > 1 and not store.step.columns and cache.settings.by_framework(query.dtype):
         out = _framework(module, query, key, value, rope, attention_mask, kwargs)

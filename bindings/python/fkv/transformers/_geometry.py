@@ -165,7 +165,7 @@ def _rope_of_full_layers(config) -> dict:
 _recorder = threading.local()
 
 
-def probe_attention(module, query, key, value, attention_mask=None, **kwargs):
+def probe_attention(module, query, key, value, attention_mask=None, dropout=0.0, **kwargs):
     """Stands in for attention during the probe: records, and answers zeros."""
     _recorder.seen.setdefault(module.layer_idx, []).append((query, key, value, kwargs))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
