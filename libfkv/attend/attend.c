@@ -342,7 +342,8 @@ bool fkv_attend_chunk(const struct fkv_job *job, const struct fkv_unit *u, int h
         if (!calibrated)
             channels = fkv_profile_head(job->profile, job->layer, FKV_PART_V, u->head + h);
         memset(c.kept, 0, floats * sizeof(float));
-        memset(to->mass, 0, (size_t)(u->rows * to->mass_stride) * sizeof(float));
+        if (to->mass_stride)
+            memset(to->mass, 0, (size_t)(u->rows * to->mass_stride) * sizeof(float));
     }
     weigh_chunk(&c, to);
     for (int r = 0; channels && r < u->rows; r++)
