@@ -11,7 +11,7 @@
 
 namespace fkv {
 
-/* What the block has of an item is zero, and its warps' maxima and sums are those of nothing. */
+/* A warp's sums of values are zero; its maxima and sums of weights are written when it is done. */
 template <int H> __device__ void clear_sums(const Block<H> &b) {
     float4 *o = (float4 *)b.of_warp(b.warp);
     const int coded = b.g.coded_tiles * 256 * (H / 4), exact = b.g.exact_tiles * 512;

@@ -17,7 +17,6 @@
 
 namespace fkv {
 
-constexpr int kPDigits = 3;              /* of weights */
 constexpr float kPTop = 22.99f;          /* log2 of the largest weight as an integer, below 2^23 */
 constexpr float kMagic = 8388608.0f;     /* 2^23: adding it rounds to an integer, in the low bits */
 constexpr uint32_t kCodes = 0x03030303u; /* the first four codes of a word */

@@ -24,14 +24,6 @@ __device__ __forceinline__ uint4 stream16(const void *p) {
     return v;
 }
 
-__device__ __forceinline__ uint2 stream8(const void *p) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y)
-                 : "l"(p));
-    return v;
-}
-
 /* 16 bytes to shared memory, in the background. */
 __device__ __forceinline__ void copy_async(void *to, const void *p) {
     asm volatile(

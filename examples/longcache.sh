@@ -5,7 +5,8 @@
 #
 #     sh examples/longcache.sh [PROFILE]
 #
-# PROFILE is a calibrated profile of the model with unrotated keys; without it the third row is left out. Builds
+# PROFILE is a calibrated profile of the model with unrotated keys (examples/models/needle-13m/calibrate.py --unrotated
+# makes some); without it the third row is left out. Builds
 # in build-demo/ and leaves longcache.png and the answers (*.jsonl) there; those that are there already are not
 # asked for again. The chart needs Python 3 with matplotlib. Takes about an hour on two processors.
 set -eu

@@ -43,8 +43,8 @@
 #define FKV_SPAN 8            /* units that share the carriers' weights */
 #define FKV_CUDA_CHEBYSHEV 16 /* polynomials for the slow pairs of a span */
 #define FKV_CUDA_MAX_GROUP 8  /* query heads that one work item serves */
-#define FKV_CUDA_PARTIAL(dim)                                                                      \
-    ((dim) + 4)                /* floats of a partial result: rows stay aligned to 16 bytes */
+/* floats of a partial result: rows stay aligned to 16 bytes */
+#define FKV_CUDA_PARTIAL(dim) ((dim) + 4)
 #define FKV_CUDA_NO_CHANNEL -1 /* a plane that fills up a panel */
 
 /* A plane of two bits, or an exact channel. */

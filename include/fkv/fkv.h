@@ -1022,7 +1022,10 @@ typedef struct fkv_fidelity {
     double fraction;
     /** Blocks measured; those of each layer count. */
     uint64_t blocks;
-    /** Blocks chosen but not measured: sealed by fkv_append(), which has no queries, or with selection. */
+    /**
+     * Blocks chosen but not measured: sealed by fkv_append(), which has no queries, with selection, or by a plan
+     * that was last updated before the meter started.
+     */
     uint64_t blocks_missed;
     /** Samples: query heads of measured blocks. */
     uint64_t samples;

@@ -70,10 +70,10 @@ struct fkv_plan_object {
     int64_t n_rows;
     int64_t tokens;
     int64_t units;
-    float *cos,
-        *sin; /* [tokens][rope_dim / 2]; NULL for long steps, whose rows are made when they are needed */
-    int32_t
-        *positions; /* [tokens]; of calibrated profiles, and where there is no table; else NULL */
+    /* [tokens][rope_dim / 2]; NULL for long steps, whose rows are made when they are needed */
+    float *cos, *sin;
+    /* [tokens]; of calibrated profiles, and where there is no table; else NULL */
+    int32_t *positions;
     struct fkv_workspace work;
     struct fkv_turns turns;
     struct fkv_meter_work *meter; /* NULL if no block that the step can seal is to be measured */

@@ -10,8 +10,8 @@
 struct fkv_indices {
     int64_t end, mask;
     void *const *blocks;
-    size_t from, head,
-        coarse; /* bytes before an index, of its head, of the coarse half of a tile */
+    /* bytes before an index, of its head, of the coarse half of a tile */
+    size_t from, head, coarse;
     int octets;
 };
 

@@ -18,13 +18,6 @@ struct tables {
     float scale[MAX_D], centre[MAX_D], inverse[MAX_D];
 };
 
-static float widen(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, sizeof y);
-    return y;
-}
-
 /* The upper half of a float >= 0, rounded away from 0. */
 static uint16_t round_up(float x) {
     uint32_t bits;
@@ -68,11 +61,11 @@ static void find_ranges(const struct fkv_profile_object *p, const struct fkv_ker
         const float far = fabsf(low[c]) > fabsf(high[c]) ? fabsf(low[c]) : fabsf(high[c]);
         const bool good = rest[c] == 0.0f && far < MOST;
         to->centres[c] = cut(good ? 0.5f * (low[c] + high[c]) : 0.0f);
-        to->centre[c] = widen(to->centres[c]);
+        to->centre[c] = fkv_bf16_to_f32(to->centres[c]);
         const float up = high[c] - to->centre[c], down = to->centre[c] - low[c];
         const float step = good ? (up > down ? up : down) / 127.5f : 0.0f;
         to->scales[c] = step > 0x1p-100f ? round_up(step) : 0;
-        to->scale[c] = widen(to->scales[c]);
+        to->scale[c] = fkv_bf16_to_f32(to->scales[c]);
         to->inverse[c] = step > 0x1p-100f ? 1.0f / to->scale[c] : 0.0f;
         sum += good ? far * far : INFINITY;
     }

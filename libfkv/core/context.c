@@ -15,6 +15,8 @@
 #define DEFAULT_MAX_TOKENS (UINT64_C(1) << 26)
 #define MAX_MAX_TOKENS (UINT64_C(1) << 31) /* positions are below 2^31 */
 #define DEFAULT_MAX_FILE_BYTES (UINT64_C(64) << 20)
+/* Tokens of a middle from which an index of keys is searched; measured, see attend/sift.c. */
+#define DEFAULT_SIFT_FROM 6144
 
 static void lock_message(struct fkv_ctx *ctx) {
     while (atomic_exchange_explicit(&ctx->message_lock, 1, memory_order_acquire)) {
@@ -120,7 +122,7 @@ static fkv_status check_limits(struct fkv_ctx *ctx, const fkv_context_params *p)
     }
     ctx->threads = p->threads > 0 ? p->threads : fkv_online_processors();
     ctx->max_tokens = p->max_tokens > 0 ? p->max_tokens : DEFAULT_MAX_TOKENS;
-    ctx->sift_from = 6144;
+    ctx->sift_from = DEFAULT_SIFT_FROM;
     ctx->max_file_bytes = p->max_file_bytes > 0 ? p->max_file_bytes : DEFAULT_MAX_FILE_BYTES;
     ctx->heap.alloc = p->alloc;
     ctx->heap.free = p->free;

@@ -102,8 +102,8 @@ static void begin(struct setup *s, int layers, int threads) {
     model.inv_freq = s->inv_freq;
     model.inv_freq_count = DIM / 2;
     OK(fkv_codec_params_init(&codec, sizeof codec));
-    for (size_t i = 0; i < count;
-         i++) { /* bits where calibration puts them: a quarter of K's channels, most of V's */
+    /* bits where calibration puts them: a quarter of K's channels, most of V's */
+    for (size_t i = 0; i < count; i++) {
         k_bits[i] = i % 64 == 0 ? 4 : i % 4 == 0 ? 2 : 0;
         v_bits[i] = i % 64 == 1 ? 4 : i % 3 != 0 ? 2 : 0;
         carrier[i] = (float)(i % 11) / 8 - 0.6f;
@@ -159,10 +159,9 @@ static void update(struct setup *s, int64_t tokens) {
     OK(fkv_plan_update(s->plan, &batch));
 }
 
-static double held(struct setup *s, fkv_stats *stats) {
+static void read_stats(struct setup *s, fkv_stats *stats) {
     *stats = (fkv_stats){.struct_size = sizeof *stats};
     OK(fkv_cache_stats(s->cache, FKV_ALL_SEQUENCES, stats));
-    return (double)stats->bytes;
 }
 
 /* `peak_bytes` is the most over what the process had before, `counted` that of the context's own count. A layer has at
@@ -206,7 +205,7 @@ static void prefill(const char *what, int layers, int64_t tokens, int64_t step) 
             OK(fkv_append(s.plan, layer, &kv, &kv));
     }
     const double most = peak() - before, counted = counted_peak(&s);
-    held(&s, &stats);
+    read_stats(&s, &stats);
     judge(what, layers, step, most, counted, &stats);
     end(&s);
     free(x);
@@ -228,7 +227,7 @@ static void attended(int layers, int64_t tokens) {
     for (int layer = 0; layer < layers; layer++)
         OK(fkv_append_attend(s.plan, layer, &q, &kv, &kv, &out, NULL));
     const double most = peak() - before, counted = counted_peak(&s);
-    held(&s, &stats);
+    read_stats(&s, &stats);
     judge("attended", layers, tokens, most, counted, &stats);
     end(&s);
     free(o);

@@ -51,7 +51,10 @@ runs "attend, uniform" --profile uniform:3 --cpu reference
 runs "append, calibrated" --op append --profile coded:1
 runs "append, exact" --op append --profile exact --storage f32
 "$bench" --json --op append --index --profile exact --tokens 2600 --hq 4 --hk 2 --dim 32 \
-    --repeats 3 --threads 2 >"$tmp/json" 2>"$tmp/log"
+    --repeats 3 --threads 2 >"$tmp/json" 2>"$tmp/log" && python3 -c '
+import json, sys
+r = json.load(open(sys.argv[1]))
+assert r["asked"]["bytes"] > 1.2 * r["dense"]["bytes"], r' "$tmp/json" 2>>"$tmp/log"
 report $? "append, exact with an index"
 runs "append, coded" --op append --profile fourier:0.9:32 --cpu reference
 

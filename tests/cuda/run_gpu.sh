@@ -25,9 +25,10 @@ failed=0
 echo "date: $(date -u +%Y-%m-%d)"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 77
 echo
-"$test_module" "$library" "$module" 2>&1 | grep -E 'ERROR|PASSED|FAILED' || failed=1
-"$test_cuda" "$module" 2>&1 | grep -vE 'RUN' | tee /tmp/fkv-cuda-tests.$$
-grep -q 'FAILED' /tmp/fkv-cuda-tests.$$ && failed=1
+"$test_module" "$library" "$module" >/tmp/fkv-cuda-tests.$$ 2>&1 || failed=1
+grep -E 'ERROR|PASSED|FAILED' /tmp/fkv-cuda-tests.$$
+"$test_cuda" "$module" >/tmp/fkv-cuda-tests.$$ 2>&1 || failed=1
+grep -v 'RUN' /tmp/fkv-cuda-tests.$$
 rm -f /tmp/fkv-cuda-tests.$$
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck synccheck initcheck racecheck; do

@@ -45,6 +45,8 @@ refuse '--items 0' --items 0
 refuse '--meter 2' --meter 2
 refuse '--meter' --meter 0.5 --longcache
 refuse 'calibrated' --meter 0.5 --context 512
+refuse '--index' --index --context 512
+refuse 'uniform:BITS' --profile uniform:4:64:rot
 refuse '--depth nan' --depth nan
 refuse '--depth 1.5' --depth 1.5
 refuse '--threads 0' --threads 0

@@ -29,7 +29,7 @@ static void ok(fkv_status status, const char *what) {
 #define OK(call) ok(call, #call)
 
 static int runs(int n) {
-    return getenv("FKV_QUICK") ? (n + 3) / 4 : n;
+    return random_quick() ? (n + 3) / 4 : n;
 }
 
 /* ---- a case */

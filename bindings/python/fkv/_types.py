@@ -687,8 +687,8 @@ class Fidelity:
     blocks: int
     """Blocks measured; those of each layer count."""
     blocks_missed: int
-    """Blocks chosen but not measured: sealed by fkv_append(), which has no queries, or with
-    selection.
+    """Blocks chosen but not measured: sealed by fkv_append(), which has no queries, with
+    selection, or by a plan that was last updated before the meter started.
     """
     samples: int
     """Samples: query heads of measured blocks."""

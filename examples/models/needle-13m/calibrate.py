@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument('--unrotated', action='store_true',
                         help='for selection: keys held before RoPE; writes unrotated-12x.json and so on')
     args = parser.parse_args()
+    if args.no_gradients and args.unrotated:
+        parser.error('--no-gradients and --unrotated would write unrotated profiles to forward-*.json')
     torch.manual_seed(args.seed)
     mixer = Mixer(read_corpus(), args.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.float32)

@@ -3492,7 +3492,8 @@ pub struct fkv_fidelity {
     pub fraction: f64,
     #[doc = " Blocks measured; those of each layer count."]
     pub blocks: u64,
-    #[doc = " Blocks chosen but not measured: sealed by fkv_append(), which has no queries, or with selection."]
+    #[doc = " Blocks chosen but not measured: sealed by fkv_append(), which has no queries, with selection, or by a plan"]
+    #[doc = " that was last updated before the meter started."]
     pub blocks_missed: u64,
     #[doc = " Samples: query heads of measured blocks."]
     pub samples: u64,
