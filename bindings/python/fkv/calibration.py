@@ -13,6 +13,7 @@ Needs torch and transformers; neither is needed by the rest of the package.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from typing import Any, Iterable, Iterator
@@ -274,7 +275,6 @@ def observe(calibrator: Calibrator, model, ids: Any, weights: Any = None, *, cod
         _run = None
 
 
-
 class _Progress:
     """A bar on stderr, if somebody watches."""
 
@@ -347,11 +347,9 @@ def gather(model, texts: Iterable[Any], *, tokenizer: Any = None, context: Conte
 
 
 def _with_defaults(codec: CodecParams | None) -> CodecParams:
-    defaults = CodecParams(group=128, block=128, n_sink=4, n_local=128)
-    for name in ('group', 'block', 'n_sink', 'n_local'):
-        if codec is not None and getattr(codec, name) is None:
-            setattr(codec, name, getattr(defaults, name))
-    return codec or defaults
+    given = dataclasses.asdict(codec or CodecParams())
+    defaults = {'group': 128, 'block': 128, 'n_sink': 4, 'n_local': 128}
+    return CodecParams(**defaults | {name: x for name, x in given.items() if x is not None})
 
 
 def calibrate(model, texts: Iterable[Any], target: float = 12.0, *, tokens: int = 8192,

@@ -156,8 +156,10 @@ def test_calibrate_a_model_of_transformers(context, gradients):
         num_key_value_heads=2, vocab_size=64, max_position_embeddings=1024)
     model = transformers.LlamaForCausalLM(config)
     ids = numpy.random.default_rng(2).integers(0, 64, 1600).tolist()
-    profile, info = fkv.calibrate(model, [ids], 2.0, tokens=8192, window=512, codec=CODEC,
+    codec = fkv.CodecParams(n_local=64)
+    profile, info = fkv.calibrate(model, [ids], 2.0, tokens=8192, window=512, codec=codec,
                                   context=context, progress=False, gradients=gradients)
+    assert codec == fkv.CodecParams(n_local=64) and profile.info.n_local == 64
     assert info.ratio >= 2 and profile.info.coding == fkv.Coding.CALIBRATED
     assert all(p.requires_grad for p in model.parameters())
     profile.match(fkv.model_params(config))
