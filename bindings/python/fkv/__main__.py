@@ -93,6 +93,9 @@ def read_texts(files: list[str], tokens: str, tokenizer) -> list:
 
 
 def calibrate(args) -> None:
+    folder = pathlib.Path(args.output).parent
+    if not folder.is_dir():  # better said now than after the work
+        raise OSError(f'{args.output} cannot be written: {folder} is no folder')
     import transformers
     from fkv import calibration
     tokenizer = (None if args.tokens == 'bytes'
@@ -102,11 +105,17 @@ def calibrate(args) -> None:
     codec = fkv.CodecParams(n_sink=args.sinks, n_local=args.local, group=args.group,
                             block=max(args.block, args.group))
     with fkv.Context() as context:
-        calibrator = calibration.gather(
-            model, read_texts(args.text, args.tokens, tokenizer), tokenizer=tokenizer,
-            context=context, params=models.model_params(args.model), codec=codec,
-            window=args.window, max_windows=args.windows, labels=args.labels,
-            gradients=not args.no_gradients)
+        try:
+            calibrator = calibration.gather(
+                model, read_texts(args.text, args.tokens, tokenizer), tokenizer=tokenizer,
+                context=context, params=models.model_params(args.model), codec=codec,
+                window=args.window, max_windows=args.windows, labels=args.labels,
+                gradients=not args.no_gradients, recompute=not args.no_recompute, state=args.state,
+                progress=not args.quiet)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f'stopped; the same command goes on from {args.state}' if args.state
+                else 'stopped; with --state FILE it could go on from here') from None
         params = fkv.AllocationParams(value=args.ratio, tokens=args.at)
         profile, allocation = calibrator.allocate(params)
         profile.save(args.output)
@@ -178,6 +187,11 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument('--labels', default='text', choices=('text', 'model', 'both'))
     made.add_argument('--no-gradients', action='store_true',
                       help='forward passes only, which is a little worse')
+    made.add_argument('--state', metavar='FILE',
+                      help='written after every window: a calibration that was stopped goes on from it')
+    made.add_argument('--no-recompute', action='store_true',
+                      help='keep what all layers have computed: faster, and takes memory with each layer')
+    made.add_argument('--quiet', action='store_true', help='no progress on stderr')
     made.add_argument('--tokens', default='tokenizer', choices=('tokenizer', 'bytes'),
                       help='bytes: a byte is a token')
     made.add_argument('--device', default='cpu', help='of torch (default cpu)')
@@ -206,6 +220,9 @@ def main(arguments=None) -> int:
     except (fkv.Error, OSError, ValueError, OverflowError, ImportError) as error:
         print(f'fkv: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f'\nfkv: {stop or "stopped"}', file=sys.stderr)
+        return 130
     return 0
 
 
