@@ -52,11 +52,40 @@ class _Run:
 _run: _Run | None = None
 
 
-def _scores(q, k, first, scale):
+class _Room:
+    """Memory for what each of some queries has for each key, used again for every step of attention.
+
+    The steps grow with the keys they see. Were each to allocate its own, the freed pieces of one would be too
+    small for the next, and the process would hold several times what it needs.
+    """
+
+    def __init__(self, like, kv_heads: int, rows: int, keys: int):
+        self.memory = like.new_empty(kv_heads * rows * keys)
+
+    def products(self, a, b):
+        """The products [Hk, G, n, S] of rows a [Hk, G, n, X] and b [Hk, S, X]."""
+        import torch
+        shape = *a.shape[:3], b.shape[1]
+        out = self.memory[:shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
+        torch.bmm(a.flatten(1, 2), b.transpose(1, 2), out=out.flatten(1, 2))
+        return out
+
+
+def _sums(weights, rows):
+    """Over queries: [Hk, S, X] of weights [Hk, G, n, S] and rows [Hk, G, n, X]."""
+    return weights.flatten(1, 2).transpose(1, 2) @ rows.flatten(1, 2)
+
+
+def _rows(weights, keys):
+    """Over keys: [Hk, G, n, X] of weights [Hk, G, n, S] and keys [Hk, S, X]."""
+    return (weights.flatten(1, 2) @ keys).view(*weights.shape[:3], -1)
+
+
+def _scores(q, k, first, scale, room):
     """Causal scores of queries [Hk, G, n, D] from token `first` on with keys [Hk, first + n, D]."""
     import torch
     n = q.shape[2]
-    s = torch.einsum('hgtd,hsd->hgts', q * scale, k)
+    s = room.products(q * scale, k)
     s[..., first:] += torch.full((n, n), float('-inf'), device=q.device, dtype=q.dtype).triu(1)
     return s
 
@@ -79,18 +108,21 @@ def _estimating_attention(q, k, v, scale, distance, weight, stream):
     out = torch.empty_like(q)
     mean_k, mean_v = torch.zeros_like(k), torch.zeros_like(v)
     gram = weight @ weight.transpose(-1, -2)
-    own = gram.diagonal(dim1=-2, dim2=-1)
-    value_norm = torch.einsum('hsd,hgde,hse->hgs', v, gram, v)
+    own = gram.diagonal(dim1=-2, dim2=-1)[:, :, None]
+    value_norm = torch.stack([((v @ gram[:, g]) * v).sum(-1) for g in range(q.shape[1])], 1)
+    rooms = [_Room(q, len(k), q.shape[1] * CHUNK, k.shape[1]) for _ in 'pg']
     for a in range(0, q.shape[2], CHUNK):
         b = min(a + CHUNK, q.shape[2])
-        p = _scores(q[:, :, a:b], k[:, :b], a, scale).softmax(-1)
-        o = out[:, :, a:b] = torch.einsum('hgts,hsd->hgtd', p, v[:, :b])
-        moved = torch.einsum('hgtd,hgde->hgte', o, gram)
-        gap = (value_norm[:, :, None, :b] - 2 * torch.einsum('hgte,hse->hgts', moved, v[:, :b])
-               + (moved * o).sum(-1)[..., None]).clamp_(min=0)
-        p = p.square_() * _far_pairs(b, a, distance, q.device) / stream[a:b, None]
-        mean_v[:, :b] += torch.einsum('hgts,hgd->hsd', p, own)
-        mean_k[:, :b] += torch.einsum('hgts,hgtd->hsd', p * gap, (q[:, :, a:b] * scale) ** 2)
+        p = _scores(q[:, :, a:b], k[:, :b], a, scale, rooms[0])
+        p.sub_(p.amax(-1, keepdim=True)).exp_()
+        p.div_(p.sum(-1, keepdim=True))
+        o = out[:, :, a:b] = _rows(p, v[:, :b])
+        moved = o @ gram
+        gap = rooms[1].products(moved, v[:, :b]).mul_(-2).add_(value_norm[:, :, None, :b])
+        gap.add_((moved * o).sum(-1)[..., None]).clamp_(min=0)
+        p.square_().mul_(_far_pairs(b, a, distance, q.device)).div_(stream[a:b, None])
+        mean_v[:, :b] += _sums(p, own.expand(-1, -1, b - a, -1))
+        mean_k[:, :b] += _sums(gap.mul_(p), (q[:, :, a:b] * scale) ** 2)
     return out, mean_k.sqrt(), mean_v.sqrt()
 
 
@@ -105,12 +137,15 @@ def _attention_class():
         def forward(ctx, q, k, v, scale, distance, seen):
             out = torch.empty_like(q)
             lse = q.new_empty(q.shape[:3])
+            rooms = [_Room(q, len(k), q.shape[1] * CHUNK, k.shape[1])]
             for a in range(0, q.shape[2], CHUNK):
                 b = min(a + CHUNK, q.shape[2])
-                s = _scores(q[:, :, a:b], k[:, :b], a, scale)
-                lse[:, :, a:b] = s.logsumexp(-1)
-                p = (s - lse[:, :, a:b, None]).exp_()
-                out[:, :, a:b] = torch.einsum('hgts,hsd->hgtd', p, v[:, :b])
+                p = _scores(q[:, :, a:b], k[:, :b], a, scale, rooms[0])
+                most = p.amax(-1, keepdim=True)
+                p.sub_(most).exp_()
+                total = p.sum(-1, keepdim=True)
+                lse[:, :, a:b] = (total.log() + most)[..., 0]
+                out[:, :, a:b] = _rows(p, v[:, :b]) / total
             ctx.save_for_backward(q, k, v, out, lse)
             ctx.options = scale, distance, seen
             return out
@@ -122,21 +157,22 @@ def _attention_class():
             delta = (grad * out).sum(-1)
             dq = torch.empty_like(q)
             far_k, far_v, near_k, near_v = (torch.zeros_like(k) for _ in range(4))
+            rooms = [_Room(q, len(k), q.shape[1] * CHUNK, k.shape[1]) for _ in 'pd']
             for a in range(0, q.shape[2], CHUNK):
                 b = min(a + CHUNK, q.shape[2])
                 qs, g = q[:, :, a:b] * scale, grad[:, :, a:b]
-                p = (_scores(q[:, :, a:b], k[:, :b], a, scale) - lse[:, :, a:b, None]).exp_()
-                ds = torch.einsum('hgtd,hsd->hgts', g, v[:, :b])
-                ds = ds.sub_(delta[:, :, a:b, None]).mul_(p)
-                dq[:, :, a:b] = torch.einsum('hgts,hsd->hgtd', ds, k[:, :b]) * scale
+                p = _scores(q[:, :, a:b], k[:, :b], a, scale, rooms[0])
+                p.sub_(lse[:, :, a:b, None]).exp_()
+                ds = rooms[1].products(g, v[:, :b]).sub_(delta[:, :, a:b, None]).mul_(p)
+                dq[:, :, a:b] = _rows(ds, k[:, :b]) * scale
                 c = max(0, a - distance + 1)  # before it all pairs of this chunk are far
                 near = ~_far_pairs(b, a, distance, q.device)[:, c:]
-                near_k[:, c:b] += torch.einsum('hgts,hgtd->hsd', ds[..., c:] * near, qs)
-                near_v[:, c:b] += torch.einsum('hgts,hgtd->hsd', p[..., c:] * near, g)
+                near_k[:, c:b] += _sums(ds[..., c:] * near, qs)
+                near_v[:, c:b] += _sums(p[..., c:] * near, g)
                 ds[..., c:] *= ~near
                 p[..., c:] *= ~near
-                far_k[:, :b] += torch.einsum('hgts,hgtd->hsd', ds, qs)
-                far_v[:, :b] += torch.einsum('hgts,hgtd->hsd', p, g)
+                far_k[:, :b] += _sums(ds, qs)
+                far_v[:, :b] += _sums(p, g)
             seen(q.detach(), k.detach(), v.detach(), far_k, far_v)
             return dq, far_k + near_k, far_v + near_v, None, None, None
 
