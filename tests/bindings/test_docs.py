@@ -9,7 +9,8 @@ import pytest
 
 PROGRAM = re.compile(r'^```python\n(.*?)^```', re.S | re.M)
 DOCUMENTS = sorted(layouts.ROOT.glob('*.md')) + sorted(layouts.ROOT.glob('docs/*.md'))
-PROGRAMS = [pytest.param(program, id=f'{path.name}-{number}')
+PROGRAMS = [pytest.param(program, id=f'{path.name}-{number}',
+                         marks=[pytest.mark.torch] if 'import transformers' in program else [])
             for path in DOCUMENTS
             for number, program in enumerate(PROGRAM.findall(path.read_text(encoding='utf-8')), 1)]
 
@@ -30,6 +31,7 @@ def test_program_runs(program, tmp_path):
     assert done.stdout and ('transformers' in program or not done.stderr), done.stderr
 
 
+@pytest.mark.torch
 def test_notebook_runs(tmp_path):
     pytest.importorskip('transformers')
     done = subprocess.run([sys.executable, str(layouts.ROOT / 'examples/hf_notebook.py')], cwd=tmp_path,
