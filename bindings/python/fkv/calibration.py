@@ -180,13 +180,16 @@ def _attention_class():
 
 
 def _attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None,
-               sliding_window=None, **_) -> tuple:
+               sliding_window=None, softcap=None, s_aux=None, **_) -> tuple:
     """What transformers calls instead of its own attention: [B, H, T, D] to [B, T, H, D]."""
     if _run is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise RuntimeError('this attention works for calibration alone, on one sequence without a cache')
     if sliding_window and sliding_window < key.shape[2]:
         raise ValueError(f'windows of {key.shape[2]} tokens are longer than the sliding window of '
                          f'the model, {sliding_window}')
+    if softcap is not None or s_aux is not None:
+        raise ValueError('the model caps its attention scores (softcapping)' if softcap is not None
+                         else 'the model has attention sinks')
     heads, tokens, dim = query.shape[1:]
     kv_heads = key.shape[1]
     q, k, v = query[0].float(), key[0].float(), value[0].float()
@@ -252,15 +255,21 @@ def _replaced(module, forward) -> Iterator[None]:
             module.forward = before
 
 
+def _rotary(model):
+    """The module that makes cos and sin of all positions."""
+    found = [m for name, m in model.named_modules() if name.split('.')[-1] == 'rotary_emb']
+    if len(found) != 1:
+        raise ValueError(f'the model has {len(found)} modules named rotary_emb, expected 1: only '
+                         'models built like LLaMA, Mistral, Qwen2 and Qwen3 are known here')
+    return found[0]
+
+
 @contextlib.contextmanager
 def calibrating(model) -> Iterator[None]:
     """The model with our attention, its weights without gradients; as it was afterwards."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
-    rotary = [m for name, m in model.named_modules() if name.split('.')[-1] == 'rotary_emb']
-    if len(rotary) != 1:
-        raise ValueError(f'the model has {len(rotary)} modules named rotary_emb, expected 1: only '
-                         'models built like LLaMA, Mistral, Qwen2 and Qwen3 are known here')
+    rotary = _rotary(model)
 
     def keep_rope(module, inputs, output):
         _run.rope = tuple(x[0].detach().float() for x in output)
@@ -274,7 +283,7 @@ def calibrating(model) -> Iterator[None]:
     before, training = model.config._attn_implementation, model.training
     wanted = [p.requires_grad for p in model.parameters()]
     layers = [m for m in model.modules() if hasattr(m, 'self_attn')]
-    hooks = [rotary[0].register_forward_hook(keep_rope),
+    hooks = [rotary.register_forward_hook(keep_rope),
              model.get_input_embeddings().register_forward_hook(want_gradients)]
     hooks += [layer.register_forward_pre_hook(keep_stream) for layer in layers]
     with contextlib.ExitStack() as stack:
@@ -427,6 +436,10 @@ def windows_of(texts: Iterable[Any], tokenizer: Any, window: int, limit: int | N
     """(ids, weights or None) of up to `window` tokens, as many as there are or `limit`. A text is str, token
     ids, or a pair of ids and weights; short texts are joined, what is left over at the end is kept if it is
     half a window. After `limit` windows no text is read."""
+    if isinstance(texts, str):
+        raise TypeError('texts: a list of texts is expected, not one text')
+    if window < 1:
+        raise ValueError(f'window: {window} tokens')
     windows: list[tuple] = []
     joined = numpy.zeros(0, numpy.int64)
     for text in texts:
@@ -446,6 +459,15 @@ def windows_of(texts: Iterable[Any], tokenizer: Any, window: int, limit: int | N
     if len(joined) >= window // 2:
         windows.append((joined, None))
     return windows[:limit]
+
+
+def _check_windows(windows: list[tuple], window: int, vocabulary: int) -> None:
+    if len(windows) < 2:
+        raise ValueError(f'{len(windows)} windows of {window} tokens: at least two are needed, so more text or a '
+                         'smaller window')
+    largest = max(int(numpy.max(ids)) for ids, _ in windows)
+    if largest >= vocabulary:
+        raise ValueError(f'token {largest} is in the texts, and the vocabulary of the model has {vocabulary}')
 
 
 def gather(model, texts: Iterable[Any], *, tokenizer: Any = None, context: Context | None = None,
@@ -469,11 +491,11 @@ def gather(model, texts: Iterable[Any], *, tokenizer: Any = None, context: Conte
     import torch
     if labels not in ('text', 'model', 'both'):
         raise ValueError(f"labels: {labels!r} is none of 'text', 'model', 'both'")
+    _rotary(model)  # or it is none of those that are known
     context = context or Context()
     codec = _with_defaults(codec)
     windows = windows_of(texts, tokenizer, window, max_windows)
-    if len(windows) < 2:
-        raise ValueError(f'{len(windows)} windows of {window} tokens: at least two are needed')
+    _check_windows(windows, window, model.config.get_text_config().vocab_size)
     params = params or model_params(model.config)
     calibrator = Calibrator(context, params, criterion=Criterion.SENSITIVITY, codec=codec)
     generator = torch.Generator().manual_seed(seed)
@@ -503,6 +525,17 @@ def _with_defaults(codec: CodecParams | None) -> CodecParams:
     return CodecParams(**defaults | {name: x for name, x in given.items() if x is not None})
 
 
+def check_target(context: Context, params: ModelParams, codec: CodecParams | None,
+                 target: AllocationParams) -> None:
+    """Raises what allocate() will raise if no calibration can reach the target: before the work, not after."""
+    random = numpy.random.default_rng(1)
+    shape = 8, params.n_kv_heads, params.head_dim
+    with Calibrator(context, params, criterion=Criterion.SENSITIVITY, codec=_with_defaults(codec)) as some:
+        for layer in 2 * list(range(params.n_layers)):
+            some.observe_gradients(layer, *(random.normal(size=shape).astype(numpy.float32) for _ in range(4)))
+        some.allocate(target)[0].close()
+
+
 def calibrate(model, texts: Iterable[Any], target: float = 12.0, *, tokens: int = 8192,
               **options) -> tuple[Profile, AllocationInfo]:
     """A profile for a Hugging Face model that takes 1/target of dense f16 at `tokens` tokens.
@@ -510,5 +543,10 @@ def calibrate(model, texts: Iterable[Any], target: float = 12.0, *, tokens: int 
     texts: strings (with tokenizer=...), sequences of token ids, or pairs of ids and weights. Other options
     are those of gather().
     """
+    _rotary(model)
+    options['context'] = options.get('context') or Context()
+    options['params'] = options.get('params') or model_params(model.config)
+    wanted = AllocationParams(target=Target.RATIO, value=target, tokens=tokens)
+    check_target(options['context'], options['params'], options.get('codec'), wanted)
     with gather(model, texts, **options) as calibrator:
-        return calibrator.allocate(AllocationParams(target=Target.RATIO, value=target, tokens=tokens))
+        return calibrator.allocate(wanted)
