@@ -53,18 +53,23 @@ def repeat(model, method, item):
     return out[0, ids.shape[1]:].tolist(), ratio
 
 
+def right_until(answer, item):
+    """Bytes before the first that is wrong, of 159."""
+    return next((i for i, (a, b) in enumerate(zip(answer, item.answer[1:])) if a != b), len(answer))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--text', type=pathlib.Path, required=True)
     parser.add_argument('--context', type=int, default=8192)
     parser.add_argument('--items', type=int, default=16)
     parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('profiles', nargs='*', default=[str(MODEL / 'calibrated-12x.json')])
+    parser.add_argument('profiles', nargs='*', metavar='PROFILE', help='files; calibrated-12x.json of the model')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, begin = load(), time.monotonic()
     items = items_of(args.text.read_bytes(), args.context, args.items)
-    methods = [FRAMEWORK, EXACT, *args.profiles]
+    methods = [FRAMEWORK, EXACT, *(args.profiles or [str(MODEL / 'calibrated-12x.json')])]
     said = {method: [] for method in methods}
     ratios = {}
     for i, item in enumerate(items):
@@ -78,8 +83,10 @@ def main():
     for method in methods:
         same = sum(a == b for a, b in zip(said[method], said[FRAMEWORK]))
         both = sum(a == b for a, b in zip(right[method], right[FRAMEWORK]))
+        until = sum(right_until(answer, item) for answer, item in zip(said[method], items)) / len(items)
         ratio = '' if ratios[method] is None else f', {ratios[method]:.2f}x'
-        print(f'{pathlib.Path(method).stem}{ratio}: {sum(right[method])} of {len(items)} passages right; '
+        print(f'{pathlib.Path(method).stem}{ratio}: {sum(right[method])} of {len(items)} passages right, the first '
+              f'error after {until:.1f} bytes on average; '
               f'{both} items judged as with {FRAMEWORK}, {same} answers the same token by token')
     print(f'{time.monotonic() - begin:.0f} s')
 
