@@ -5,7 +5,7 @@
 # missing Debian packages if it may, and Python's into build/venv.
 #     FKV_PYTHON=0    leaves the Python package out
 #     FKV_TORCH=0     leaves out the tests that need torch and transformers, which are fetched for them into
-#                     build/torch (some 5 GB); TIMES
+#                     build/torch: 5 GB, one to three minutes; the tests, with two versions, ten or more
 set -eu
 cd "$(dirname "$0")/.."
 . tests/install-deps.sh
