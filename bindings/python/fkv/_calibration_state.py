@@ -8,7 +8,6 @@ killed at any time.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import os
