@@ -3,11 +3,13 @@
 # Builds and runs all tests, then those of the library and of the Python package again under sanitizers.
 # The last line is "N passed, N failed". Works in build/ and build-asan/, which it makes anew; installs
 # missing Debian packages if it may, and Python's into build/venv.
-#     FKV_TORCH=1     installs torch and transformers there too (some 5 GB), for the tests that use them
 #     FKV_PYTHON=0    leaves the Python package out
+#     FKV_TORCH=0     leaves out the tests that need torch and transformers, which are fetched for them into
+#                     build/torch: 5 GB, one to three minutes; the tests, with two versions, ten or more
 set -eu
 cd "$(dirname "$0")/.."
 . tests/install-deps.sh
+. tests/install-torch.sh
 
 failed=0
 logs=
@@ -60,22 +62,6 @@ install_python_package() {
         build/venv/bin/pip install -q --disable-pip-version-check pytest pycparser matplotlib
 }
 
-install_torch() {
-    if [ "${FKV_TORCH:-0}" != 1 ]; then
-        echo "without torch and transformers: FKV_TORCH=1 would fetch them"
-        return
-    fi
-    begin=$(date +%s)
-    build/venv/bin/pip install -q --disable-pip-version-check torch 'transformers >= 5.0, < 6' ||
-        echo "torch and transformers: not to be had"
-    # Methods that python -m fkv eval compares with; later versions would bring an older transformers.
-    build/venv/bin/pip install -q --disable-pip-version-check 'kvpress == 0.5.2' || echo "kvpress: not to be had"
-    # The oldest version that is supported, beside the newest.
-    build/venv/bin/pip install -q --disable-pip-version-check --target build/transformers-5.0 \
-        'transformers == 5.0.*' || echo "transformers 5.0: not to be had"
-    echo "torch and transformers took $(($(date +%s) - begin)) s"
-}
-
 # run_pytest NAME [ARGUMENT ..]
 run_pytest() {
     results=$PWD/build/$1.xml
@@ -89,19 +75,35 @@ run_pytest() {
     fi
 }
 
+# The tests with torch, with the newest transformers and with the oldest that is supported
+test_torch() {
+    if [ "${FKV_TORCH:-1}" = 0 ]; then
+        echo "skipped: the tests that need torch (FKV_TORCH=0)"
+        return
+    fi
+    if ! install_torch "$PWD/build/venv/bin/python" "$PWD/build/torch"; then
+        echo "skipped: the tests that need torch: $torch_missing"
+        return
+    fi
+    begin=$(date +%s)
+    # On a machine with other work the threads of small models wait for one another.
+    export OMP_NUM_THREADS=1
+    export PYTHONPATH="$PWD/build/torch/newest"
+    run_pytest torch -m torch
+    export PYTHONPATH="$PWD/build/torch/oldest:$PYTHONPATH"
+    run_pytest transformers-5.0 -m torch
+    unset PYTHONPATH OMP_NUM_THREADS
+    echo "the tests with torch took $(($(date +%s) - begin)) s"
+}
+
 test_python() {
     if ! install_python_package; then
         echo "the Python package cannot be installed"
         failed=$((failed + 1))
         return
     fi
-    install_torch
-    run_pytest python
-    if [ -d build/transformers-5.0/transformers ]; then
-        export PYTHONPATH="$PWD/build/transformers-5.0"
-        run_pytest transformers-5.0 -k 'test_hf or test_eval'
-        unset PYTHONPATH
-    fi
+    run_pytest python -m 'not torch'
+    test_torch
     build/venv/bin/python tests/bindings/call_cost.py build/tests/bindings/call_cost ||
         failed=$((failed + 1))
 }

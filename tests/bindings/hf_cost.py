@@ -4,12 +4,17 @@
 
     python3 tests/bindings/hf_cost.py time   [--tokens 32768] [--profile FILE] [--threads N]
     python3 tests/bindings/hf_cost.py memory [--tokens 32768] [--profile FILE] [--dtype bfloat16]
+    python3 tests/bindings/hf_cost.py calibration [--tokens 4096] [--dtype float32] [--half-a-billion]
 
 time: a decoded token, inside libfkv and in all that fkv.transformers does besides. The cache is filled with
 random keys and values. memory: the process while generate() goes on from so many tokens, with the framework's
 cache and with libfkv's, each in a process of its own. Only lengths matter here: the model was trained for 8192.
+calibration: the process at its peak, and the time, of two windows of so many tokens; with the layers computed
+again for the backward pass, with all of them kept, and without gradients. --half-a-billion takes a model of
+random weights in the shape of Qwen2.5-0.5B.
 """
 import argparse
+import hashlib
 import json
 import pathlib
 import subprocess
@@ -21,6 +26,7 @@ import transformers
 
 import fkv
 import fkv.cache
+import fkv.calibration
 import fkv.transformers
 from fkv.transformers import _attention, _cache
 
@@ -171,21 +177,74 @@ def measure_memory(args):
     print(f"grows {grown[0] / grown[1]:.1f} times less; the cache counts {found['fkv']['ratio']:.1f}x less than f16")
 
 
+# ---- calibration
+
+WAYS = {'recomputed': {}, 'kept': {'recompute': False}, 'forward': {'gradients': False}}
+
+
+def half_a_billion(dtype):
+    torch.manual_seed(1)
+    config = transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def run_calibration(args):
+    """One process: memory before, and at its peak."""
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    model = half_a_billion(dtype) if args.half_a_billion else load(dtype)
+    ids = list((ROOT / 'include/fkv/fkv.h').read_bytes())
+    ids = (ids * (2 * args.tokens // len(ids) + 1))[:2 * args.tokens]
+
+    def gather(window):
+        with fkv.Context(threads=args.threads) as context:
+            return fkv.calibration.gather(model, [ids[:2 * window]], context=context, window=window,
+                                          progress=False, **WAYS[args.only]).dumps()
+
+    gather(256)  # what is loaded and set up once
+    pathlib.Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+    before, begin = resident()[0], time.perf_counter()
+    statistics = gather(args.tokens)
+    print(json.dumps({'before': before, 'peak': resident()[1], 'seconds': time.perf_counter() - begin,
+                      'statistics': hashlib.sha256(statistics).hexdigest()}))
+
+
+def measure_calibration(args):
+    found = {}
+    for way in args.ways:
+        command = [sys.executable, __file__, *sys.argv[1:], '--only', way]
+        found[way] = x = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        print(f"{way:10} {args.tokens} tokens, {args.dtype}: MB before {x['before'] / 1e6:.0f}, peak "
+              f"{x['peak'] / 1e6:.0f} (+{(x['peak'] - x['before']) / 1e6:.0f}); {x['seconds'] / 2:.1f} s a window",
+              flush=True)
+    if 'recomputed' in found and 'kept' in found:
+        same = found['recomputed']['statistics'] == found['kept']['statistics']
+        print('recomputed and kept: ' + ('the same statistics, bit for bit' if same else 'other statistics'))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('time', 'memory'))
-    parser.add_argument('--tokens', type=int, default=32768)
+    parser.add_argument('what', choices=('time', 'memory', 'calibration'))
+    parser.add_argument('--tokens', type=int, help='32768, or a window of 4096')
     parser.add_argument('--profile', default=str(MODEL / 'calibrated-12x.json'),
                         help="a file, or for time 'exact'")
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--steps', type=int, default=None, help='decoded tokens')
-    parser.add_argument('--dtype', default='bfloat16')
+    parser.add_argument('--dtype', help='bfloat16, of a calibration float32')
+    parser.add_argument('--half-a-billion', action='store_true')
+    parser.add_argument('--ways', nargs='+', default=list(WAYS), choices=WAYS, help='of a calibration')
     parser.add_argument('--chunk', type=int, default=1024, help='tokens of a step of the prompt')
-    parser.add_argument('--only', choices=('framework', 'fkv'), help=argparse.SUPPRESS)
+    parser.add_argument('--only', choices=('framework', 'fkv', *WAYS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.steps = args.steps or {'time': 200, 'memory': 10}[args.what]
+    args.steps = args.steps or {'time': 200, 'memory': 10, 'calibration': 0}[args.what]
+    args.tokens = args.tokens or (4096 if args.what == 'calibration' else 32768)
+    args.dtype = args.dtype or ('float32' if args.what == 'calibration' else 'bfloat16')
     if args.what == 'time':
         measure_time(args)
+    elif args.what == 'calibration':
+        run_calibration(args) if args.only else measure_calibration(args)
     elif args.only:
         run_memory(args)
     else:

@@ -92,23 +92,51 @@ def read_texts(files: list[str], tokens: str, tokenizer) -> list:
     return [content.decode(errors='replace') for content in contents]
 
 
-def calibrate(args) -> None:
-    import transformers
-    from fkv import calibration
-    tokenizer = (None if args.tokens == 'bytes'
-                 else transformers.AutoTokenizer.from_pretrained(args.model))
+def load_model(args) -> tuple:
+    """(tokenizer or None, model) of transformers."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError("python -m fkv calibrate needs torch and transformers: pip install 'fkv[transformers]' "
+                          f'({error})') from None
+    from fkv.eval import tokens
+    if args.dtype != 'auto' and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise ValueError(f'--dtype {args.dtype}: torch has no such type')
+    tokenizer = None if args.tokens == 'bytes' else tokens.load('tokenizer', args.model).tokenizer
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-    model.to(args.device)
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'--device {args.device}: {str(error).splitlines()[0]}') from None
+    return tokenizer, model
+
+
+def calibrate(args) -> None:
+    folder = pathlib.Path(args.output).parent
+    if not folder.is_dir():  # better said now than after the work
+        raise OSError(f'{args.output} cannot be written: {folder} is no folder')
+    tokenizer, model = load_model(args)
+    from fkv import calibration
+    params = (models.model_params(args.model) if os.path.exists(args.model)
+              else models.model_params(model.config, args.model))
+    target = fkv.AllocationParams(value=args.ratio, tokens=args.at)
     codec = fkv.CodecParams(n_sink=args.sinks, n_local=args.local, group=args.group,
                             block=max(args.block, args.group))
     with fkv.Context() as context:
-        calibrator = calibration.gather(
-            model, read_texts(args.text, args.tokens, tokenizer), tokenizer=tokenizer,
-            context=context, params=models.model_params(args.model), codec=codec,
-            window=args.window, max_windows=args.windows, labels=args.labels,
-            gradients=not args.no_gradients)
-        params = fkv.AllocationParams(value=args.ratio, tokens=args.at)
-        profile, allocation = calibrator.allocate(params)
+        calibration.check_target(context, params, codec, target)
+        try:
+            calibrator = calibration.gather(
+                model, read_texts(args.text, args.tokens, tokenizer), tokenizer=tokenizer,
+                context=context, params=params, codec=codec,
+                window=args.window, max_windows=args.windows, labels=args.labels,
+                gradients=not args.no_gradients, recompute=not args.no_recompute, state=args.state,
+                progress=not args.quiet)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f'stopped; the same command goes on from {args.state}' if args.state
+                else 'stopped; with --state FILE it could go on from here') from None
+        profile, allocation = calibrator.allocate(target)
         profile.save(args.output)
     print(f'wrote {args.output}: {allocation.ratio:.2f}x at {allocation.tokens} tokens, '
           f'{allocation.bits:.3f} bits per element, predicted loss {allocation.predicted_loss:.4g}')
@@ -178,6 +206,11 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument('--labels', default='text', choices=('text', 'model', 'both'))
     made.add_argument('--no-gradients', action='store_true',
                       help='forward passes only, which is a little worse')
+    made.add_argument('--state', metavar='FILE',
+                      help='written after every window: a calibration that was stopped goes on from it')
+    made.add_argument('--no-recompute', action='store_true',
+                      help='keep what all layers have computed: faster, and takes memory with each layer')
+    made.add_argument('--quiet', action='store_true', help='no progress on stderr')
     made.add_argument('--tokens', default='tokenizer', choices=('tokenizer', 'bytes'),
                       help='bytes: a byte is a token')
     made.add_argument('--device', default='cpu', help='of torch (default cpu)')
@@ -206,6 +239,9 @@ def main(arguments=None) -> int:
     except (fkv.Error, OSError, ValueError, OverflowError, ImportError) as error:
         print(f'fkv: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f'\nfkv: {stop or "stopped"}', file=sys.stderr)
+        return 130
     return 0
 
 

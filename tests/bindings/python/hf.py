@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models of transformers, for the tests that have them."""
+import os
 import pathlib
 
 import fkv.transformers
@@ -8,6 +9,7 @@ import transformers
 
 # Small models gain nothing from threads, and on a busy machine wait for one another.
 torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # of the processes that tests start
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 NEEDLE = ROOT / 'examples/models/needle-13m'

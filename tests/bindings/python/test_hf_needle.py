@@ -3,6 +3,8 @@
 import copy
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -63,3 +65,16 @@ def test_keys_are_found(profile, least):
     file = profile and hf.NEEDLE / profile
     right, ratio = score(model, file, prose, context=4096, count=24, asked=8)
     assert right >= 7 and ratio > least
+
+
+def test_passages_are_repeated():
+    """As with the framework's exact cache: the same items, each token by token."""
+    script = hf.ROOT / 'tests/bindings/hf_passages.py'
+    done = subprocess.run([sys.executable, script, '--text', hf.ROOT / 'include/fkv/fkv.h', '--context', '2048',
+                           '--items', '4'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r'^(.*?)(?:, \S+x)?: (\d) of 4 .* after (\S+) bytes .*; (\d) items .*, (\d) answers', done.stdout, re.M)
+    rows = {name: list(map(float, numbers)) for name, *numbers in found}
+    framework, coded = rows['the framework'], rows['calibrated-12x']
+    assert framework[0] >= 2 and rows['exact'] == [*framework[:2], 4, 4], done.stdout
+    assert framework[1] > 60 and coded[1] > .75 * framework[1], done.stdout

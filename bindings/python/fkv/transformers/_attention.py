@@ -43,7 +43,18 @@ def before_model(module, args, kwargs) -> None:
     cache = _given_cache(kwargs)
     if cache is None:
         cache = next((x for x in args if isinstance(x, FkvCache)), None)
+    if cache is not None:
+        _check_input(cache, kwargs)
     _running.cache = cache
+
+
+def _check_input(cache, kwargs: dict) -> None:
+    """generate() cuts off as many tokens of a prompt as the cache holds, even if that leaves none."""
+    given = kwargs.get('input_ids')
+    given = kwargs.get('inputs_embeds') if given is None else given
+    if given is not None and given.shape[1] == 0:
+        raise ValueError(f'no tokens are left to read: the cache holds {cache.get_seq_length()} already. '
+                         'generate() is given all of the text, what the cache holds and what is new behind it')
 
 
 def after_model(module, args, output) -> None:

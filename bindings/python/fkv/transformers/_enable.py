@@ -7,6 +7,7 @@ import types
 import weakref
 from typing import Any
 
+import torch
 from transformers.generation.utils import GenerationMixin
 
 from .._objects import Context
@@ -47,6 +48,9 @@ def enable(model, profile: Any = None, *, longcache: Any = None, threads: int | 
     or fkv.MismatchError (the profile is of another model), and nothing is changed. Enabling twice replaces
     the settings.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f'model: expected a model of transformers, as from_pretrained() gives it, not '
+                        f'{type(model).__name__}')
     geometry, modules = examine(model)
     settings = Settings(geometry, profile, longcache, context, threads, prefill)
     settings.store()  # so that what cannot be held is refused here

@@ -12,7 +12,7 @@ from .._objects import Context
 from .._types import (Backend, Channel, CodecParams, Coding, Domain, DType, FourierParams,
                       SelectParams)
 from ..cache import Cache
-from ..errors import MismatchError
+from ..errors import FormatError, MismatchError
 from ..profile import Profile
 from ._geometry import Geometry, identity_rope
 from ._store import Store
@@ -73,7 +73,7 @@ class Settings:
         if profile is None:
             return self._exact()
         if isinstance(profile, (str, os.PathLike)):
-            profile = Profile.load(self.context, profile)
+            profile = _load(self.context, profile)
         if not isinstance(profile, Profile):
             raise TypeError(f'profile: expected a file, a Profile or None, not {type(profile).__name__}')
         profile = self._of_held_layers(profile)
@@ -100,6 +100,13 @@ class Settings:
             raise MismatchError(f'the profile is of {info.n_layers} layers, the model has '
                                 f'{self.geometry.n_layers}, {len(layers)} of them with full attention')
         return _rebuilt(self.context, profile, info, self.geometry.params, layers, turn)
+
+
+def _load(context: Context, path: Any) -> Profile:
+    try:
+        return Profile.load(context, path)
+    except FormatError as error:
+        raise type(error)(f'{os.fspath(path)} is no profile of libfkv: {error}') from None
 
 
 def _rebuilt(context, profile, info, params, layers: list[int], turn: bool) -> Profile:
