@@ -299,5 +299,15 @@ cudaError_t fkv_cuda_seal_launch(const fkv_cuda_cache &c, const fkv_cuda_attend 
 cudaError_t fkv_cuda_read_launch(const fkv_cuda_cache &c, uint64_t table, int64_t slots, int layer,
                                  int part, int64_t coded, int64_t first, int64_t count,
                                  const fkv_cuda_view &out, cudaStream_t stream);
+/* Of Fourier caches. */
+cudaError_t fkv_cuda_fourier_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a,
+                                    cudaStream_t stream);
+cudaError_t fkv_cuda_fold_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a, uint64_t seals,
+                                 int n_seals, uint64_t folds, int n_folds, int most_bins,
+                                 cudaStream_t stream);
+cudaError_t fkv_cuda_read_fourier_launch(const fkv_cuda_cache &c, const fkv_cuda_row &row,
+                                         int layer, int part, int coded_rows, int64_t coded,
+                                         int64_t first, int64_t count, const fkv_cuda_view &out,
+                                         cudaStream_t stream);
 
 #endif /* FKV_CUDA_COMMON_CUH */

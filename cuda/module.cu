@@ -177,7 +177,10 @@ int append(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, const 
 }
 
 int attend(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, void *stream) {
-    return on(device, [&] { return fkv_cuda_attend_launch(*c, *a, (cudaStream_t)stream); });
+    return on(device, [&] {
+        return c->coded == FKV_CUDA_FOURIER ? fkv_cuda_fourier_launch(*c, *a, (cudaStream_t)stream)
+                                            : fkv_cuda_attend_launch(*c, *a, (cudaStream_t)stream);
+    });
 }
 
 int seal(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, uint64_t seals, int count,
@@ -191,6 +194,23 @@ int read(int device, const fkv_cuda_cache *c, uint64_t table, int64_t slots, int
     return on(device, [&] {
         return fkv_cuda_read_launch(*c, table, slots, layer, part, coded, first, count, *out,
                                     (cudaStream_t)stream);
+    });
+}
+
+int fold(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, uint64_t seals, int n_seals,
+         uint64_t folds, int n_folds, int most_bins, void *stream) {
+    return on(device, [&] {
+        return fkv_cuda_fold_launch(*c, *a, seals, n_seals, folds, n_folds, most_bins,
+                                    (cudaStream_t)stream);
+    });
+}
+
+int read_fourier(int device, const fkv_cuda_cache *c, const fkv_cuda_row *row, int layer, int part,
+                 int coded_rows, int64_t coded, int64_t first, int64_t count,
+                 const fkv_cuda_view *out, void *stream) {
+    return on(device, [&] {
+        return fkv_cuda_read_fourier_launch(*c, *row, layer, part, coded_rows, coded, first, count,
+                                            *out, (cudaStream_t)stream);
     });
 }
 
@@ -219,6 +239,8 @@ const fkv_cuda_ops table = {
     attend,
     seal,
     read,
+    fold,
+    read_fourier,
 };
 
 } // namespace

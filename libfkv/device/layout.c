@@ -12,14 +12,15 @@
 /* Offsets of the tables in the buffer, and sizes. */
 struct plan_of_tables {
     size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, sections, turns, project,
-        bytes;
-    size_t n_planes;
+        splits, channels, bytes;
+    size_t n_planes, n_channels;
 };
 
 static fkv_status check_profile(struct fkv_ctx *ctx, const struct fkv_profile_object *p) {
-    if (p->coding == FKV_CODING_FOURIER) {
+    if (p->coding == FKV_CODING_FOURIER && p->fourier.restoration == FKV_RESTORE_AUTHORS) {
         return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
-                        "the CUDA backend has no Fourier-coded caches yet; use the CPU");
+                        "the CUDA backend restores Fourier channels by least squares only "
+                        "(fourier.restoration)");
     }
     if (p->storage_dtype == FKV_DTYPE_F32) {
         return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
@@ -132,7 +133,11 @@ static void lay_out_tables(const struct fkv_profile_object *p, const struct fkv_
     const size_t pairs = (size_t)m->rope_dim / 2, fast = (size_t)d->c.fast;
     size_t at = 0;
     t->inv_freq = part_of(&at, pairs * sizeof(double));
-    if (d->c.coded) {
+    if (d->c.coded == FKV_CUDA_FOURIER) {
+        t->splits = part_of(&at, heads * sizeof(struct fkv_cuda_split));
+        t->channels = part_of(&at, t->n_channels * sizeof(uint16_t));
+    }
+    if (d->c.coded == FKV_CUDA_CALIBRATED) {
         const size_t fragments = (fast / 16 + 1) * (size_t)(d->c.unit / 16) * 2;
         t->heads = part_of(&at, heads * sizeof(struct fkv_cuda_head));
         t->planes = part_of(&at, t->n_planes * sizeof(struct fkv_plane));
@@ -239,7 +244,12 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
     if (m->rope_dim) {
         memcpy(to + t->inv_freq, m->inv_freq, (size_t)m->rope_dim / 2 * sizeof(double));
     }
-    if (!d->c.coded) {
+    if (d->c.coded == FKV_CUDA_FOURIER) {
+        fkv_device_split(p, (struct fkv_device_cache *)(uintptr_t)d,
+                         (uint16_t *)(void *)(to + t->channels));
+        memcpy(to + t->splits, d->splits, (size_t)(m->n_layers * heads) * sizeof *d->splits);
+    }
+    if (d->c.coded != FKV_CUDA_CALIBRATED) {
         return;
     }
     memcpy(to + t->heads, d->heads, (size_t)(m->n_layers * heads) * sizeof *d->heads);
@@ -273,6 +283,8 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
 static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base,
                             const struct plan_of_tables *t) {
     c->inv_freq = base + t->inv_freq;
+    c->splits = base + t->splits;
+    c->channels = base + t->channels;
     c->heads = base + t->heads;
     c->planes = base + t->planes;
     c->unit_bytes = base + t->unit_bytes;
@@ -296,25 +308,37 @@ static size_t layer_scales(const struct fkv_device_cache *d, int layer, int head
     return bytes * (size_t)d->c.units_per_block;
 }
 
+/* The pool of pages like these, a new one if there is none. */
+static int32_t pool_like(struct fkv_device_cache *d, struct fkv_device_pool pool) {
+    int32_t i = 1;
+    while (i < d->n_pools && (d->pools[i].bytes != pool.bytes || d->pools[i].class != pool.class ||
+                              d->pools[i].scales != pool.scales)) {
+        i++;
+    }
+    if (i == d->n_pools) {
+        d->pools[d->n_pools++] = pool;
+    }
+    return i;
+}
+
 static void make_pools(const struct fkv_profile_object *p, struct fkv_device_cache *d) {
     const size_t padded = ((size_t)p->model.head_dim + 15) / 16 * 16;
     d->pools[0] = (struct fkv_device_pool){
         .bytes = (size_t)p->model.n_kv_heads * padded * 2 * FKV_TILE * 2, .class = FKV_CLASS_EXACT};
     d->n_pools = 1;
-    for (int l = 0; d->c.coded && l < p->model.n_layers; l++) {
-        const struct fkv_device_pool pool = {.bytes = (size_t)d->unit_bytes[l] *
-                                                      (size_t)d->c.units_per_block,
-                                             .class = FKV_CLASS_BLOCKS,
-                                             .scales = layer_scales(d, l, p->model.n_kv_heads)};
-        int32_t i = 1;
-        while (i < d->n_pools &&
-               (d->pools[i].bytes != pool.bytes || d->pools[i].scales != pool.scales)) {
-            i++;
-        }
-        if (i == d->n_pools) {
-            d->pools[d->n_pools++] = pool;
-        }
-        d->pool_of[l] = i;
+    for (int l = 0; d->c.coded == FKV_CUDA_CALIBRATED && l < p->model.n_layers; l++) {
+        d->pool_of[l] = pool_like(
+            d, (struct fkv_device_pool){.bytes = (size_t)d->unit_bytes[l] *
+                                                 (size_t)d->c.units_per_block,
+                                        .class = FKV_CLASS_BLOCKS,
+                                        .scales = layer_scales(d, l, p->model.n_kv_heads)});
+    }
+    for (int l = 0; d->c.coded == FKV_CUDA_FOURIER && l < p->model.n_layers; l++) {
+        d->pool_of[l] = pool_like(d, (struct fkv_device_pool){.bytes = (size_t)d->unit_bytes[l],
+                                                              .class = FKV_CLASS_KEPT});
+        d->segment_pool[l] =
+            pool_like(d, (struct fkv_device_pool){.bytes = fkv_device_segment_bytes(p, d, l),
+                                                  .class = FKV_CLASS_COEFFICIENTS});
     }
 }
 
@@ -332,8 +356,15 @@ static void set_geometry(const struct fkv_profile_object *p, struct fkv_cuda_cac
         .scale = (float)m->softmax_scale,
         .rope_scaling = m->rope_scaling,
     };
+    if (p->coding == FKV_CODING_FOURIER) {
+        c->coded = FKV_CUDA_FOURIER;
+        c->unit = FKV_TILE;
+        c->units_per_block = 1;
+        c->sinks = p->fourier.n_sink;
+        c->coefficients = p->fourier.coefficient_dtype;
+    }
     if (p->coding == FKV_CODING_CALIBRATED) {
-        c->coded = 1;
+        c->coded = FKV_CUDA_CALIBRATED;
         c->unit = p->codec.group;
         c->units_per_block = p->codec.block / p->codec.group;
         c->sinks = p->codec.n_sink;
@@ -348,15 +379,22 @@ static fkv_status make_cache(struct fkv_cache_object *cache) {
     struct plan_of_tables t = {0};
     void *memory;
     set_geometry(p, &d->c);
-    d->pools = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (layers + 1) * sizeof *d->pools);
+    d->pools = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (2 * layers + 1) * sizeof *d->pools);
+    d->splits = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, heads * sizeof *d->splits);
+    d->coded_rows = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->coded_rows);
+    d->segment_pool =
+        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->segment_pool);
     d->heads = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, heads * sizeof *d->heads);
     d->unit_bytes = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->unit_bytes);
     d->pool_of = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->pool_of);
-    if (!d->pools || !d->heads || !d->unit_bytes || !d->pool_of) {
+    if (!d->pools || !d->heads || !d->unit_bytes || !d->pool_of || !d->splits || !d->coded_rows ||
+        !d->segment_pool) {
         return fkv_cache_refused(cache);
     }
-    if (d->c.coded) {
+    if (d->c.coded == FKV_CUDA_CALIBRATED) {
         lay_out_heads(p, d, &t.n_planes);
+    } else if (d->c.coded == FKV_CUDA_FOURIER) {
+        t.n_channels = fkv_device_split(p, d, NULL);
     }
     make_pools(p, d);
     lay_out_tables(p, d, &t);
@@ -409,7 +447,12 @@ void fkv_device_cache_free(struct fkv_cache_object *cache) {
     }
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pending,
                    (size_t)d->pending_slots * sizeof *d->pending);
-    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pools, (layers + 1) * sizeof *d->pools);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pools, (2 * layers + 1) * sizeof *d->pools);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->splits,
+                   layers * (size_t)cache->profile->model.n_kv_heads * sizeof *d->splits);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->coded_rows, layers * sizeof *d->coded_rows);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->segment_pool,
+                   layers * sizeof *d->segment_pool);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->heads,
                    layers * (size_t)cache->profile->model.n_kv_heads * sizeof *d->heads);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->unit_bytes, layers * sizeof *d->unit_bytes);
