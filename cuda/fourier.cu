@@ -6,9 +6,9 @@
 
 namespace fkv {
 
-constexpr int kChunk = 128;  /* reals of a spectrum that a block of bins_kernel() makes */
-constexpr int kQueries = 4;  /* query heads it makes them for */
-constexpr int kGroups = 16;  /* of threads, when rows of coefficients are added */
+constexpr int kChunk = 128;   /* reals of a spectrum that a block of bins_kernel() makes */
+constexpr int kQueries = 4;   /* query heads it makes them for */
+constexpr int kGroups = 16;   /* of threads, when rows of coefficients are added */
 constexpr int kChannels = 16; /* that a block of output_kernel() makes */
 
 struct Counts {
@@ -377,9 +377,8 @@ __device__ void expand(const Segment &segment, const fkv_cuda_cache &c, int row,
 /* Sums over waves of one coded channel, to `to` [H]. */
 template <int H>
 __device__ void coded_channel(const fkv_cuda_cache &c, const fkv_cuda_attend &a,
-                              const fkv_cuda_row &row, const fkv_cuda_output &o,
-                              const Parts &parts, int coefficient_row, const float *top,
-                              float *to) {
+                              const fkv_cuda_row &row, const fkv_cuda_output &o, const Parts &parts,
+                              int coefficient_row, const float *top, float *to) {
     const fkv_cuda_spectrum &sp = *(const fkv_cuda_spectrum *)row.spectrum;
     const int head = o.head * c.group + o.q_first;
     float all[H];
@@ -433,7 +432,12 @@ __global__ __launch_bounds__(256) void output_kernel(const __grid_constant__ fkv
         const int head = o.head * c.group + o.q_first;
         const Parts parts = {(const float *)a.partials + (size_t)o.slot * group * stride,
                              (const float *)a.stats + ((int64_t)o.wave * c.n_q_heads + head) * 4,
-                             o.parts, o.waves, stride, group, c.n_q_heads, c.dim};
+                             o.parts,
+                             o.waves,
+                             stride,
+                             group,
+                             c.n_q_heads,
+                             c.dim};
         if (warp < o.q_count) {
             weigh_output(parts, warp, &top[warp], &total[warp]);
         }

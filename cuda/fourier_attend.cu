@@ -144,19 +144,20 @@ struct Belt {
 __device__ __forceinline__ uint4 whole_fragment(const char *chunk, int i, int lane) {
     return ((const uint4 *)chunk)[i * 32 + lane];
 }
-template <int PART> __device__ __forceinline__ uint4 half_fragment(const char *chunk, int i, int lane) {
+template <int PART>
+__device__ __forceinline__ uint4 half_fragment(const char *chunk, int i, int lane) {
     const uint2 x = ((const uint2 *)chunk)[i * 32 + lane];
     return PART ? make_uint4(x.x, 0, x.y, 0) : make_uint4(x.x, x.y, 0, 0);
 }
 
 /* What completes the scores of a segment's tiles, for a lane's columns. */
 template <int H> struct Waves {
-    const float *grid;         /* the lane's own head's */
+    const float *grid;          /* the lane's own head's */
     const uint4 *taps, *spread; /* the lane's */
-    float *mass, *maxima;      /* of the item's first head */
-    int64_t mass_stride;       /* floats from head to head */
-    int maxima_stride;         /* the same */
-    float unit[2];             /* of the lane's two columns */
+    float *mass, *maxima;       /* of the item's first head */
+    int64_t mass_stride;        /* floats from head to head */
+    int maxima_stride;          /* the same */
+    float unit[2];              /* of the lane's two columns */
     int each, rows, steps, q_count;
 };
 
@@ -194,9 +195,8 @@ __device__ __forceinline__ void add_grid(float (&s)[4][4], const Waves<H> &w, co
 
 /* The tile's weights on the grid, and its largest score. */
 template <typename T, int H>
-__device__ __forceinline__ void spread_weights(const Waves<H> &w, int local,
-                                               const Factors<H> (&p)[4], const Running &r,
-                                               int lane) {
+__device__ __forceinline__ void
+spread_weights(const Waves<H> &w, int local, const Factors<H> (&p)[4], const Running &r, int lane) {
     const int column = lane % 4 * 2;
     const bool writes = H == 8 || lane % 4 < 2;
     for (int step = 0; step < w.steps; step++) {
@@ -233,9 +233,9 @@ __device__ __forceinline__ void spread_weights(const Waves<H> &w, int local,
 
 /* One tile: `visible` of its tokens. f: what a sum of products of factors stands for. */
 template <typename T, int H, bool WAVES>
-__device__ __forceinline__ void one_tile(Belt &belt, int t, const Factors<H> *q, const float (&f)[2],
-                                         const Waves<H> &w, int local, const Points &points,
-                                         int visible, Running &r, float4 *o) {
+__device__ __forceinline__ void one_tile(Belt &belt, int t, const Factors<H> *q,
+                                         const float (&f)[2], const Waves<H> &w, int local,
+                                         const Points &points, int visible, Running &r, float4 *o) {
     const int lane = belt.lane;
     const float none[2] = {0.0f, 0.0f};
     float s[4][4] = {};
@@ -371,8 +371,7 @@ template <int H> __device__ void begin_belt(const Task &g, const Known<H> &k, Be
     } else {
         /* the item's `first` is an entry of the table, that of tile first - 1 */
         const int tiles = max(0, body - (k.item.first - 1));
-        const int count =
-            min(k.item.count, k.item.sink + min(tiles, k.item.count - k.item.sink));
+        const int count = min(k.item.count, k.item.sink + min(tiles, k.item.count - k.item.sink));
         b->sink = k.item.sink;
         b->first = warp;
         b->step = kWarps;
@@ -492,8 +491,7 @@ template <int H> __device__ void end_task(const Task &g, Known<H> *k, char *memo
         out[h * padded + (k->item.coded ? list[row] : row)] = sum;
     }
     __syncthreads();
-    float *part =
-        (float *)g.a.partials + (size_t)(k->item.slot + k->item.part) * group * stride;
+    float *part = (float *)g.a.partials + (size_t)(k->item.slot + k->item.part) * group * stride;
     for (int i = threadIdx.x; i < k->item.q_count * g.c.dim; i += kThreads) {
         const int h = i / g.c.dim, d = i % g.c.dim;
         part[h * stride + d] = out[h * padded + d];
@@ -594,8 +592,8 @@ cudaError_t launch_items(const fkv_cuda_cache &c, const fkv_cuda_attend &a, cuda
         }
     }
     const bool early = a.follows || a.n_waves;
-    return e == cudaSuccess ? launch_early(items_kernel<T, H>, a.grid, kThreads,
-                                           (size_t)g.at.bytes, early, stream, g)
+    return e == cudaSuccess ? launch_early(items_kernel<T, H>, a.grid, kThreads, (size_t)g.at.bytes,
+                                           early, stream, g)
                             : e;
 }
 

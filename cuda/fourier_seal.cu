@@ -8,8 +8,8 @@
 
 namespace fkv {
 
-constexpr int kRows = 128;     /* coded channels of a block of fold_kernel() */
-constexpr int kBins = 64;      /* and bins */
+constexpr int kRows = 128; /* coded channels of a block of fold_kernel() */
+constexpr int kBins = 64;  /* and bins */
 constexpr int kFoldThreads = 512;
 constexpr int kRowStride = kRows + 4; /* floats from token to token */
 
@@ -18,17 +18,16 @@ __global__ __launch_bounds__(256) void keep_kernel(const __grid_constant__ fkv_c
                                                    const __grid_constant__ fkv_cuda_attend a,
                                                    const fkv_cuda_seal *seals, int n) {
     const int head = blockIdx.y / 2, part = blockIdx.y % 2, panels = (c.dim + 15) / 16;
-    const fkv_cuda_split split =
-        ((const fkv_cuda_split *)c.splits)[a.layer * c.n_kv_heads + head];
+    const fkv_cuda_split split = ((const fkv_cuda_split *)c.splits)[a.layer * c.n_kv_heads + head];
     const uint16_t *list = (const uint16_t *)c.channels + split.list[part];
     for (int job = blockIdx.x; job < n; job += gridDim.x) {
         const fkv_cuda_seal seal = seals[job];
         const fkv_cuda_row row = ((const fkv_cuda_row *)a.rows)[seal.row];
         const uint16_t *from =
-            (const uint16_t *)((const uint64_t *)
-                                   row.table)[a.layer * row.slots + 1 + seal.tile] +
+            (const uint16_t *)((const uint64_t *)row.table)[a.layer * row.slots + 1 + seal.tile] +
             (size_t)head * panels * 2048 + (part ? panels * 1024 : 0);
-        uint32_t *to = (uint32_t *)(seal.block + split.offset) + (part ? split.eighths[0] * 256 : 0);
+        uint32_t *to =
+            (uint32_t *)(seal.block + split.offset) + (part ? split.eighths[0] * 256 : 0);
         for (int i = threadIdx.x; i < split.eighths[part] * 256; i += blockDim.x) {
             const int panel = i / 512, within = i % 512;
             const bool half = panel * 2 + 1 == split.eighths[part];
@@ -60,8 +59,7 @@ __device__ void write_ones(const fkv_cuda_spectrum &sp, int64_t length, float *r
         if (!n) {
             u = (float)(0.5 * (double)length / period);
         } else if (n < sp.bins) {
-            const double above =
-                sinpi((double)((int64_t)n * length % (2 * sp.period)) / period);
+            const double above = sinpi((double)((int64_t)n * length % (2 * sp.period)) / period);
             const double below = sinpi((double)n / period);
             double co, si;
             sincospi((double)((int64_t)n * (length - 1) % (2 * sp.period)) / period, &si, &co);
@@ -193,9 +191,10 @@ struct FoldRoom {
 };
 
 template <typename T>
-__global__ __launch_bounds__(kFoldThreads) void fold_kernel(
-    const __grid_constant__ fkv_cuda_cache c, const __grid_constant__ fkv_cuda_attend a,
-    const fkv_cuda_fold *folds) {
+__global__
+__launch_bounds__(kFoldThreads) void fold_kernel(const __grid_constant__ fkv_cuda_cache c,
+                                                 const __grid_constant__ fkv_cuda_attend a,
+                                                 const fkv_cuda_fold *folds) {
     extern __shared__ __align__(128) char memory[];
     FoldRoom &room = *(FoldRoom *)memory;
     const int blocks = (c.dim + kRows - 1) / kRows;
@@ -203,11 +202,17 @@ __global__ __launch_bounds__(kFoldThreads) void fold_kernel(
     const fkv_cuda_row row = ((const fkv_cuda_row *)a.rows)[fold.row];
     const fkv_cuda_spectrum sp = *(const fkv_cuda_spectrum *)row.spectrum;
     const int head = blockIdx.y / 2 / blocks, part = blockIdx.y / blocks % 2;
-    const fkv_cuda_split split =
-        ((const fkv_cuda_split *)c.splits)[a.layer * c.n_kv_heads + head];
+    const fkv_cuda_split split = ((const fkv_cuda_split *)c.splits)[a.layer * c.n_kv_heads + head];
     const int first_row = blockIdx.y % blocks * kRows;
-    const Folding f = {sp,   fold, row, split, part, head, first_row,
-                       min(kRows, split.coded[part] - first_row), (int)blockIdx.x * kBins};
+    const Folding f = {sp,
+                       fold,
+                       row,
+                       split,
+                       part,
+                       head,
+                       first_row,
+                       min(kRows, split.coded[part] - first_row),
+                       (int)blockIdx.x * kBins};
     char *page = (char *)fold.segment;
     if (!blockIdx.x && !blockIdx.y) {
         write_ones(sp, (int64_t)(fold.local + fold.count) * 64,
@@ -308,10 +313,10 @@ __device__ void read_coded(const fkv_cuda_cache &c, const fkv_cuda_row &row, con
                 float x[2];
                 for (int j = 0; j < 2; j++) {
                     const size_t k = at + n + (j ? sp.padded : 0);
-                    x[j] = c.coefficients == FKV_F32
-                               ? ((const float *)segment.coefficients)[k]
-                               : Element<__half>::value(
-                                     ((const uint16_t *)segment.coefficients)[k]);
+                    x[j] =
+                        c.coefficients == FKV_F32
+                            ? ((const float *)segment.coefficients)[k]
+                            : Element<__half>::value(((const uint16_t *)segment.coefficients)[k]);
                 }
                 const double u = (double)x[0] + (double)state.beta * (double)segment.ones[n];
                 const double v =
@@ -403,11 +408,10 @@ cudaError_t fkv_cuda_fold_launch(const fkv_cuda_cache &c, const fkv_cuda_attend 
             c, a, (const fkv_cuda_seal *)seals, n_seals);
         e = cudaGetLastError();
     }
-    if (e == cudaSuccess && a.coded_rows) {
+    if (e == cudaSuccess) { /* the spectrum of a constant, even where no channel is coded */
         const fkv_cuda_fold *list = (const fkv_cuda_fold *)folds;
-        e = c.dtype == FKV_F16
-                ? fkv::fold<__half>(c, a, list, n_folds, most_bins, stream)
-                : fkv::fold<__nv_bfloat16>(c, a, list, n_folds, most_bins, stream);
+        e = c.dtype == FKV_F16 ? fkv::fold<__half>(c, a, list, n_folds, most_bins, stream)
+                               : fkv::fold<__nv_bfloat16>(c, a, list, n_folds, most_bins, stream);
     }
     return e;
 }

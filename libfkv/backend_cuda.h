@@ -80,8 +80,9 @@ struct fkv_cuda_split {
     int32_t kept[2], coded[2]; /* channels */
     int32_t eighths[2];        /* kept ones, in eights */
     int32_t offset, bytes;     /* in a kept page */
-    int32_t list[2];           /* first entry of its channels in the cache's list: kept ones, then coded ones */
-    int32_t row[2];            /* first coefficient row in a segment */
+    int32_t
+        list[2]; /* first entry of its channels in the cache's list: kept ones, then coded ones */
+    int32_t row[2]; /* first coefficient row in a segment */
 };
 
 /* One coded channel in a segment; see struct fkv_channel_state. */
@@ -104,8 +105,9 @@ struct fkv_cuda_spectrum {
     uint64_t post;     /* float2 [grid], unless direct */
     uint64_t kernel;   /* float2 [fft], bit-reversed, unless direct */
     uint64_t twiddles; /* float2 [fft / 2]: e^(-2 pi i k / fft) */
-    uint64_t taps;     /* fragments [(points + 15) / 16][4][2], f16: (token, point), high and low parts */
-    uint64_t spread;   /* the same, (point, token), in the storage type */
+    uint64_t
+        taps; /* fragments [(points + 15) / 16][4][2], f16: (token, point), high and low parts */
+    uint64_t spread; /* the same, (point, token), in the storage type */
 };
 
 /* Geometry and tables of a cache; constant. Addresses are of the device. */
@@ -122,13 +124,13 @@ struct fkv_cuda_cache {
     float scale;                          /* softmax scale */
     double rope_scaling;
     int32_t coefficients, padding; /* fkv_dtype_code of Fourier coefficients */
-    uint64_t splits;     /* struct fkv_cuda_split [layers][Hk] */
-    uint64_t channels;   /* uint16_t [], see fkv_cuda_split.list */
-    uint64_t inv_freq;   /* double [rope_dim / 2] */
-    uint64_t heads;      /* struct fkv_cuda_head [layers][Hk] */
-    uint64_t planes;     /* struct fkv_plane [] */
-    uint64_t unit_bytes; /* int32_t [layers] */
-    uint64_t carriers;   /* float [layers][2][Hk][D] */
+    uint64_t splits;               /* struct fkv_cuda_split [layers][Hk] */
+    uint64_t channels;             /* uint16_t [], see fkv_cuda_split.list */
+    uint64_t inv_freq;             /* double [rope_dim / 2] */
+    uint64_t heads;                /* struct fkv_cuda_head [layers][Hk] */
+    uint64_t planes;               /* struct fkv_plane [] */
+    uint64_t unit_bytes;           /* int32_t [layers] */
+    uint64_t carriers;             /* float [layers][2][Hk][D] */
     uint64_t kinds; /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
     uint64_t
         basis; /* fragments [2][fast / 16 + 1][unit / 32][2], f16: functions of the distance j + 1/2 from the
@@ -228,9 +230,9 @@ struct fkv_cuda_attend {
     struct fkv_cuda_view q, out, lse;
     /* Fourier caches. Behind n_items: the numbers of waves and of outputs. */
     uint64_t waves, outputs;
-    uint64_t spectra;      /* float [waves][Hq][spectrum_stride] */
-    uint64_t grids;        /* float [waves][Hq][grid_stride] */
-    uint64_t stats;        /* float [waves][Hq][4]: unit of the grid; largest score, sum, sum over ones */
+    uint64_t spectra; /* float [waves][Hq][spectrum_stride] */
+    uint64_t grids;   /* float [waves][Hq][grid_stride] */
+    uint64_t stats; /* float [waves][Hq][4]: unit of the grid; largest score, sum, sum over ones */
     uint64_t mass, maxima; /* see struct fkv_cuda_wave */
     int64_t spectrum_stride, grid_stride;
     int32_t n_waves, n_outputs; /* as many as a replay may have */

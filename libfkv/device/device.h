@@ -53,10 +53,10 @@ struct fkv_device_buffer {
 
 struct fkv_device_cache {
     struct fkv_cuda_cache c;
-    struct fkv_cuda_head *heads; /* [layers][Hk]; NULL unless coded */
+    struct fkv_cuda_head *heads;   /* [layers][Hk]; NULL unless coded */
     struct fkv_cuda_split *splits; /* of Fourier caches, likewise */
-    int32_t *coded_rows;         /* [layers] of theirs */
-    int32_t *unit_bytes;         /* [layers]; of Fourier caches: of a page of kept channels */
+    int32_t *coded_rows;           /* [layers] of theirs */
+    int32_t *unit_bytes;           /* [layers]; of Fourier caches: of a page of kept channels */
     struct fkv_device_buffer tables, patches;
     struct fkv_device_pool *pools; /* exact pages, then the layers' blocks, kept pages, segments */
     int32_t n_pools;
@@ -85,7 +85,8 @@ struct fkv_device_seq {
 /* One layer's work items, or those of all layers of an exact cache. */
 #define FKV_ITEMS_KEY 4
 struct fkv_device_items {
-    int64_t *key; /* [rows][FKV_ITEMS_KEY]: coded tiles, first and last entry, period; n_new is the plan's */
+    int64_t *
+        key; /* [rows][FKV_ITEMS_KEY]: coded tiles, first and last entry, period; n_new is the plan's */
     int32_t count, outputs, slots;
     bool valid;
 };

@@ -48,8 +48,8 @@ size_t fkv_device_split(const struct fkv_profile_object *p, struct fkv_device_ca
 }
 
 /* Bytes of a layer's segments; those of short periods, which have fewer bins, take as much. */
-size_t fkv_device_segment_bytes(const struct fkv_profile_object *p, const struct fkv_device_cache *d,
-                                int layer) {
+size_t fkv_device_segment_bytes(const struct fkv_profile_object *p,
+                                const struct fkv_device_cache *d, int layer) {
     const size_t rows = (size_t)d->coded_rows[layer];
     const size_t stride = (size_t)fkv_spectrum_stride(INT64_MAX, p->fourier.bins);
     return (rows * stride * coefficient_size(p) + stride * sizeof(float) +
@@ -204,8 +204,8 @@ static void count_jobs(const struct fkv_plan_object *plan, int layer, struct fkv
         const int64_t first = row->seq->layers[layer].n_coded, until = until_of(plan, row);
         if (until > first) {
             f->slots += until - first;
-            f->fold_slots += segments_of(row->seq, until) -
-                             first / fkv_tiles_per_segment(row->seq->period);
+            f->fold_slots +=
+                segments_of(row->seq, until) - first / fkv_tiles_per_segment(row->seq->period);
         }
     }
 }
@@ -251,9 +251,8 @@ static fkv_status take_segments(struct fkv_plan_object *plan, int64_t i, int lay
             }
         }
         f->segments[f->n_folds] = page == old ? NULL : page;
-        f->folds[f->n_folds++] = (struct fkv_cuda_fold){page->address, (int32_t)i, (int32_t)tile,
-                                                        (int32_t)(tile % per),
-                                                        (int32_t)(end - tile)};
+        f->folds[f->n_folds++] = (struct fkv_cuda_fold){
+            page->address, (int32_t)i, (int32_t)tile, (int32_t)(tile % per), (int32_t)(end - tile)};
         if (old && old != page) {
             int error = ctx->cuda->copy(ctx->device, page->address, old->address,
                                         cache->device->pools[pool].bytes, ctx->stream);
@@ -282,10 +281,8 @@ void fkv_device_folding_end(struct fkv_plan_object *plan, struct fkv_folding *f)
 }
 
 static bool make_lists(struct fkv_cache_object *cache, struct fkv_folding *f) {
-    f->jobs =
-        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)f->slots * sizeof *f->jobs);
-    f->pages =
-        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)f->slots * sizeof *f->pages);
+    f->jobs = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)f->slots * sizeof *f->jobs);
+    f->pages = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)f->slots * sizeof *f->pages);
     f->folds =
         fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)f->fold_slots * sizeof *f->folds);
     f->segments =
@@ -375,9 +372,9 @@ fkv_status fkv_device_folding_run(struct fkv_plan_object *plan, int layer,
     status = fkv_device_send(cache, lists, bytes);
     if (status == FKV_OK) {
         const int padded = fkv_spectrum_stride(INT64_MAX, cache->profile->fourier.bins) / 2;
-        int error = ctx->cuda->fold(
-            ctx->device, &cache->device->c, a, lists, cache->device->unit_bytes[layer] ? (int)f->n : 0,
-            lists + folds_at, (int)f->n_folds, padded, ctx->stream);
+        int error = ctx->cuda->fold(ctx->device, &cache->device->c, a, lists,
+                                    cache->device->unit_bytes[layer] ? (int)f->n : 0,
+                                    lists + folds_at, (int)f->n_folds, padded, ctx->stream);
         status = FKV_DEVICE_CHECK(ctx, error, "coding");
     }
     return status == FKV_OK ? enter(plan, layer, f) : status;
@@ -394,7 +391,6 @@ fkv_status fkv_device_read_fourier(struct fkv_cache_object *cache, struct fkv_se
                                      .spectrum = seq->shared->device};
     int error = ctx->cuda->read_fourier(ctx->device, &cache->device->c, &row, layer, part,
                                         cache->device->coded_rows[layer],
-                                        seq->layers[layer].n_coded, first, count, out,
-                                        ctx->stream);
+                                        seq->layers[layer].n_coded, first, count, out, ctx->stream);
     return FKV_DEVICE_CHECK(ctx, error, "reading back");
 }

@@ -152,7 +152,8 @@ static int64_t choose_cost(const struct fkv_plan_object *plan, int layer, int64_
 struct writer {
     struct fkv_cuda_item *items;
     int32_t n, outputs, slots;
-    struct fkv_cuda_wave *to_waves; /* Fourier caches; with their outputs written by the first pass */
+    struct fkv_cuda_wave
+        *to_waves; /* Fourier caches; with their outputs written by the first pass */
     struct fkv_cuda_output *to_outputs;
     int32_t waves;
 };
@@ -237,7 +238,8 @@ static void write_items(const struct fkv_plan_object *plan, int layer, int64_t m
 }
 
 /* A wave for each query token and segment. */
-static int32_t write_waves(const struct fkv_plan_object *plan, int layer, struct fkv_cuda_wave *to) {
+static int32_t write_waves(const struct fkv_plan_object *plan, int layer,
+                           struct fkv_cuda_wave *to) {
     const struct fkv_device_plan *p = plan->device;
     int32_t n = 0;
     for (int64_t i = 0; i < plan->n_rows; i++) {
@@ -294,7 +296,7 @@ int64_t fkv_device_slice_end(const struct fkv_plan_object *plan, int layer, int6
         if (token >= end) {
             continue;
         }
-        const int64_t room = each ? (MOST_SCRATCH / wave - waves) / each : end - token;
+        const int64_t room = each ? fkv_max64(0, MOST_SCRATCH / wave - waves) / each : end - token;
         if (room < end - token) {
             return fkv_max64(token + room, from + 1);
         }
@@ -305,8 +307,8 @@ int64_t fkv_device_slice_end(const struct fkv_plan_object *plan, int layer, int6
 }
 
 static fkv_status outgrown(struct fkv_plan_object *plan, const char *what) {
-    return fkv_fail(plan->ctx, FKV_ERR_STATE,
-                    "the captured plan has no room for %s: capture again", what);
+    return fkv_fail(plan->ctx, FKV_ERR_STATE, "the captured plan has no room for %s: capture again",
+                    what);
 }
 
 /* Room for the waves of the slice. What a captured launch knows cannot change. */
@@ -330,8 +332,8 @@ static fkv_status need_waves(struct fkv_plan_object *plan, int64_t waves, int64_
     }
     const bool wider = next.grid_stride > p->grid_stride || next.mass_stride > p->mass_stride ||
                        next.maxima_stride > p->maxima_stride || next.log_fft > p->log_fft;
-    const bool more = next.wave_capacity > p->wave_capacity ||
-                      next.output_capacity > p->output_capacity;
+    const bool more =
+        next.wave_capacity > p->wave_capacity || next.output_capacity > p->output_capacity;
     if (!wider && !more) {
         return FKV_OK;
     }
@@ -388,7 +390,7 @@ static bool same_ranges(const struct fkv_plan_object *plan, int layer,
 
 static fkv_status need_capacity(struct fkv_plan_object *plan, int64_t items) {
     struct fkv_device_plan *p = plan->device;
-    if (items <= p->item_capacity) {
+    if (items <= p->item_capacity && p->item_capacity) {
         return FKV_OK;
     }
     if (p->captured) {
@@ -455,8 +457,8 @@ fkv_status fkv_device_make_items(struct fkv_plan_object *plan, int layer) {
     }
     void *memory;
     /* waves and outputs lie behind the room for items */
-    const size_t bytes = waving ? fkv_device_list_bytes(p)
-                                : 16 + (size_t)items * sizeof(struct fkv_cuda_item);
+    const size_t bytes =
+        waving ? fkv_device_list_bytes(p) : 16 + (size_t)items * sizeof(struct fkv_cuda_item);
     if (status == FKV_OK) {
         status = fkv_device_stage(cache, bytes, &memory);
     }
@@ -471,8 +473,8 @@ fkv_status fkv_device_make_items(struct fkv_plan_object *plan, int layer) {
     const int32_t counts[4] = {w.n, waving ? write_waves(plan, layer, w.to_waves) : 0,
                                waving ? w.outputs : 0, 0};
     memcpy(memory, counts, sizeof counts);
-    status = fkv_device_send(
-        cache, p->items.address + (uint64_t)index * fkv_device_list_bytes(p), bytes);
+    status = fkv_device_send(cache, p->items.address + (uint64_t)index * fkv_device_list_bytes(p),
+                             bytes);
     list->count = w.n;
     list->valid = status == FKV_OK && p->until - p->from == plan->tokens;
     return status;

@@ -327,11 +327,11 @@ static void make_pools(const struct fkv_profile_object *p, struct fkv_device_cac
         .bytes = (size_t)p->model.n_kv_heads * padded * 2 * FKV_TILE * 2, .class = FKV_CLASS_EXACT};
     d->n_pools = 1;
     for (int l = 0; d->c.coded == FKV_CUDA_CALIBRATED && l < p->model.n_layers; l++) {
-        d->pool_of[l] = pool_like(
-            d, (struct fkv_device_pool){.bytes = (size_t)d->unit_bytes[l] *
-                                                 (size_t)d->c.units_per_block,
-                                        .class = FKV_CLASS_BLOCKS,
-                                        .scales = layer_scales(d, l, p->model.n_kv_heads)});
+        d->pool_of[l] =
+            pool_like(d, (struct fkv_device_pool){
+                             .bytes = (size_t)d->unit_bytes[l] * (size_t)d->c.units_per_block,
+                             .class = FKV_CLASS_BLOCKS,
+                             .scales = layer_scales(d, l, p->model.n_kv_heads)});
     }
     for (int l = 0; d->c.coded == FKV_CUDA_FOURIER && l < p->model.n_layers; l++) {
         d->pool_of[l] = pool_like(d, (struct fkv_device_pool){.bytes = (size_t)d->unit_bytes[l],

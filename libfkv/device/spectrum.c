@@ -192,8 +192,7 @@ fkv_status fkv_device_spectrum_new(struct fkv_cache_object *cache,
     if (status == FKV_OK) {
         memcpy(at(memory, s.c.panel), sp->panel, (size_t)(64 * sp->stride) * sizeof(float));
         memcpy(at(memory, s.c.weight), sp->weight, (size_t)sp->stride * sizeof(float));
-        fill_factors(sp, &s.c, at(memory, s.c.pre), at(memory, s.c.post),
-                     at(memory, s.c.twiddles));
+        fill_factors(sp, &s.c, at(memory, s.c.pre), at(memory, s.c.post), at(memory, s.c.twiddles));
         fill_taps(sp, cache->profile->storage_dtype == FKV_DTYPE_BF16, at(memory, s.c.taps),
                   at(memory, s.c.spread));
         uint64_t *addresses[] = {&s.c.panel,  &s.c.weight,   &s.c.pre,  &s.c.post,

@@ -109,9 +109,8 @@ static fkv_status need_rows(struct fkv_plan_object *plan, int64_t rows) {
     p->rows = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)capacity * sizeof *p->rows);
     bool good = p->rows != NULL;
     for (int32_t i = 0; good && i < p->n_lists; i++) {
-        p->lists[i].key =
-            fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES,
-                            (size_t)capacity * FKV_ITEMS_KEY * sizeof(int64_t));
+        p->lists[i].key = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES,
+                                          (size_t)capacity * FKV_ITEMS_KEY * sizeof(int64_t));
         good = p->lists[i].key != NULL;
     }
     return good ? FKV_OK : fkv_cache_refused(cache);
@@ -150,17 +149,17 @@ static fkv_status fill_rows(struct fkv_plan_object *plan, const struct fkv_plan_
             angles + row->base + row->n_new - first > INT32_MAX) {
             return fkv_fail(plan->ctx, FKV_ERR_LIMIT, "plan: too many tokens for the device");
         }
-        p->rows[i] = (struct fkv_cuda_row){.table = s->table,
-                                           .slots = s->slots,
-                                           .base = (int32_t)row->base,
-                                           .n_new = (int32_t)row->n_new,
-                                           .offset = (int32_t)row->offset,
-                                           .rope_first = (int32_t)first,
-                                           .rope_offset = (int32_t)angles,
-                                           .segment_slots = (int32_t)s->segment_slots,
-                                           .segments = s->segment_table,
-                                           .spectrum =
-                                               row->seq->shared ? row->seq->shared->device : 0};
+        p->rows[i] =
+            (struct fkv_cuda_row){.table = s->table,
+                                  .slots = s->slots,
+                                  .base = (int32_t)row->base,
+                                  .n_new = (int32_t)row->n_new,
+                                  .offset = (int32_t)row->offset,
+                                  .rope_first = (int32_t)first,
+                                  .rope_offset = (int32_t)angles,
+                                  .segment_slots = (int32_t)s->segment_slots,
+                                  .segments = s->segment_table,
+                                  .spectrum = row->seq->shared ? row->seq->shared->device : 0};
         angles += row->base + row->n_new - first;
     }
     p->n_rows = next->n_rows;
@@ -362,9 +361,10 @@ fkv_status fkv_device_plan_finish(struct fkv_plan_object *plan) {
     fkv_status status = FKV_OK;
     p->from = 0;
     p->until = plan->tokens;
-    for (int i = 0; status == FKV_OK && is_short(plan) && i < p->n_lists; i++) {
-        if (fkv_device_slice_end(plan, i, 0) == plan->tokens) {
-            status = fkv_device_make_items(plan, i);
+    /* twice: one that needs more room than those before it takes their lists away */
+    for (int i = 0; status == FKV_OK && is_short(plan) && i < 2 * p->n_lists; i++) {
+        if (fkv_device_slice_end(plan, i % p->n_lists, 0) == plan->tokens) {
+            status = fkv_device_make_items(plan, i % p->n_lists);
         }
     }
     return status;
