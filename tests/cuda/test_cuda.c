@@ -866,7 +866,7 @@ static void test_fourier_histories(void **state) {
         int64_t floor;
         OK(&w, fkv_sequence_crop_floor(w.cache, s.ids[0], 700, &floor));
         if (floor < 700) {
-            assert_int_equal(fkv_sequence_crop(w.cache, s.ids[0], floor + 1), FKV_ERR_UNSUPPORTED);
+            assert_int_equal(fkv_sequence_crop(w.cache, s.ids[0], floor + 1), FKV_ERR_STATE);
         }
         OK(&w, fkv_cache_stats(w.cache, s.ids[0], &before));
         OK(&w, fkv_sequence_crop(w.cache, s.ids[0], floor));
