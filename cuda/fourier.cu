@@ -6,10 +6,11 @@
 
 namespace fkv {
 
-constexpr int kChunk = 128;   /* reals of a spectrum that a block of bins_kernel() makes */
-constexpr int kQueries = 4;   /* query heads it makes them for */
-constexpr int kGroups = 16;   /* of threads, when rows of coefficients are added */
-constexpr int kChannels = 16; /* that a block of output_kernel() makes */
+constexpr int kChunk = 128; /* reals of a spectrum that a block of bins_kernel() makes */
+constexpr int kQueries = 4; /* query heads it makes them for */
+constexpr int kGroups = 16; /* of threads, when rows of coefficients are added */
+constexpr int kMassThreads = 1024;
+constexpr int kChannels = 8; /* that a block of output_kernel() makes */
 
 struct Counts {
     int items, waves, outputs;
@@ -221,17 +222,19 @@ __device__ __forceinline__ float mass_at(const float *mass, const float *shares,
                                          const fkv_cuda_spectrum &sp, int i) {
     const int each = 64 / sp.cell, first = i - sp.points + 1;
     float sum = 0.0f;
+#pragma unroll 4
     for (int j = first <= 0 ? 0 : (first + each - 1) / each; j < tiles && j * each <= i; j++) {
         sum = fmaf(mass[(size_t)j * sp.rows + i - j * each], shares[j], sum);
     }
     return sum;
 }
 
-__global__ __launch_bounds__(256) void mass_kernel(const __grid_constant__ fkv_cuda_cache c,
-                                                   const __grid_constant__ fkv_cuda_attend a,
-                                                   int shares_at) {
+__global__
+__launch_bounds__(kMassThreads) void mass_kernel(const __grid_constant__ fkv_cuda_cache c,
+                                                 const __grid_constant__ fkv_cuda_attend a,
+                                                 int shares_at) {
     extern __shared__ __align__(128) char memory[];
-    __shared__ float scratch[8];
+    __shared__ float scratch[kMassThreads / 32];
     float2 *z = (float2 *)memory;
     float *shares = (float *)(memory + shares_at);
     release_launch();
@@ -298,7 +301,7 @@ __global__ __launch_bounds__(256) void mass_kernel(const __grid_constant__ fkv_c
         if (!threadIdx.x) {
             float *stats = (float *)a.stats + job * 4;
             ones = 0.0f;
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < kMassThreads / 32; i++) {
                 ones += scratch[i];
             }
             stats[1] = top;
@@ -450,7 +453,7 @@ __global__ __launch_bounds__(256) void output_kernel(const __grid_constant__ fkv
                 coded[i][threadIdx.x % 32] = 0.0f;
             }
         }
-        /* 16 channels of H heads, each by as many threads as there are */
+        /* channels of H heads, each by as many threads as there are */
         const int which = threadIdx.x % (kChannels * H), rank = threadIdx.x / (kChannels * H);
         const int channel = which % kChannels, h = which / kChannels;
         const bool real = first + channel < c.dim && h < o.q_count;
@@ -526,8 +529,8 @@ cudaError_t fkv_cuda_fourier_launch(const fkv_cuda_cache &c, const fkv_cuda_atte
         e = fkv_cuda_fourier_items_launch(c, a, stream);
     }
     if (e == cudaSuccess && spectra) {
-        e = launch_early(mass_kernel, blocks_for(spectra, a.grid), 256, with_shares, true, stream,
-                         c, a, (int)fft);
+        e = launch_early(mass_kernel, blocks_for(spectra, a.grid), kMassThreads, with_shares, true,
+                         stream, c, a, (int)fft);
     }
     if (e == cudaSuccess && c.group <= 4) {
         e = launch_early(output_kernel<4>, blocks_for(outputs, a.grid), 256, 0, true, stream, c, a);

@@ -325,7 +325,7 @@ static fkv_status need_waves(struct fkv_plan_object *plan, int64_t waves, int64_
         next.log_fft = next.log_fft > log_fft ? next.log_fft : log_fft;
     }
     if (waves > p->wave_capacity || !p->wave_capacity) {
-        next.wave_capacity = waves + waves / 4 + 2;
+        next.wave_capacity = waves + waves / 4 + plan->tokens + 2; /* some open a segment */
     }
     if (outputs > p->output_capacity) {
         next.output_capacity = outputs + outputs / 4 + 8;
