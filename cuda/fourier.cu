@@ -301,7 +301,7 @@ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constant__ fkv_cud
         if (!threadIdx.x) {
             float *stats = (float *)a.stats + job * 4;
             ones = 0.0f;
-            for (int i = 0; i < kMassThreads / 32; i++) {
+            for (int i = 0; i < (int)blockDim.x / 32; i++) {
                 ones += scratch[i];
             }
             stats[1] = top;
@@ -529,8 +529,9 @@ cudaError_t fkv_cuda_fourier_launch(const fkv_cuda_cache &c, const fkv_cuda_atte
         e = fkv_cuda_fourier_items_launch(c, a, stream);
     }
     if (e == cudaSuccess && spectra) {
-        e = launch_early(mass_kernel, blocks_for(spectra, a.grid), kMassThreads, with_shares, true,
-                         stream, c, a, (int)fft);
+        e = launch_early(mass_kernel, blocks_for(spectra, a.grid),
+                         spectra > a.grid ? 256 : kMassThreads, with_shares, true, stream, c, a,
+                         (int)fft);
     }
     if (e == cudaSuccess && c.group <= 4) {
         e = launch_early(output_kernel<4>, blocks_for(outputs, a.grid), 256, 0, true, stream, c, a);

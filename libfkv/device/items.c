@@ -12,7 +12,8 @@
  * read: a page of exact tokens costs its bytes, a unit of codes its bytes and its instructions. */
 #define BLOCKS_PER_PROCESSOR 2
 #define UNIT_COST 12000
-#define WAVE_TILE_COST 3000 /* of a tile's scores and weights on the grid, in Fourier caches */
+#define WAVE_TILE_COST                                                                             \
+    16000 /* of a tile's softmax, and scores and weights on the grid, in Fourier caches */
 #define MOST_SCRATCH (INT64_C(1) << 30) /* bytes that the waves of a slice may take */
 #define WARPS 8
 
