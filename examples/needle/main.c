@@ -67,10 +67,13 @@ static int select_tokens(struct program *p, struct needle_engine *engine, size_t
 
 static int make_item(struct program *p, size_t index, struct needle_item *item) {
     const struct needle_options *o = &p->options;
-    const struct needle_source source = {needle_text_half(&p->text, 1), &p->words};
-    struct needle_random random = needle_random_stream(o->seed, o->together ? 0 : index);
+    struct needle_random begin = needle_random_stream(o->seed, 0);
+    const struct needle_source source = {needle_text_half(&p->text, 1), &p->words,
+                                         o->same_text ? &begin : NULL};
+    struct needle_random random = needle_random_stream(o->seed, index / o->per_text);
     if (o->together) {
-        return needle_item_together(source, o->context, o->items, index, &random, item, &p->error);
+        return needle_item_together(source, o->context, o->per_text, index % o->per_text, &random,
+                                    item, &p->error);
     }
     switch (o->task) {
     case NEEDLE_TASK_COPY:
@@ -92,6 +95,7 @@ static int ask(struct program *p, struct needle_run *run, struct needle_report *
         char label[64];
         snprintf(label, sizeof label, "item %zu of %zu, prefill", i + 1, o->items);
         run->label = label;
+        run->read = run->read && i % o->per_text != 0;
         code = make_item(p, i, &item);
         code = code ? code : needle_run_read(run, &item, &p->error);
         for (size_t k = 0; k < o->n_profiles && !code; k++) {
@@ -140,6 +144,8 @@ static int ask_all(struct program *p) {
                              .task = p->options.task,
                              .chunk = p->options.chunk,
                              .together = p->options.together,
+                             .same_text = p->options.same_text,
+                             .whole = -1,
                              .profiles = p->infos,
                              .logits = p->logits,
                              .logits_path = p->options.logits};
@@ -189,7 +195,7 @@ static int run_program(struct program *p) {
     }
     warn(p);
     if (o->calibrate) {
-        const struct needle_source source = {needle_text_half(&p->text, 0), &p->words};
+        const struct needle_source source = {needle_text_half(&p->text, 0), &p->words, NULL};
         return needle_calibrate(o, &p->model, p->ctx, source, &p->error);
     }
     return ask_all(p);

@@ -21,7 +21,12 @@ const char needle_usage[] =
     "  --distractors K     other keys with other numbers (default 0; multikey 60)\n"
     "  --items N           questions (default 4)\n"
     "  --together          hide the numbers of all items in one text, evenly spread, and read it\n"
-    "                      once; each question is put to a fork of the sequence (niah only)\n"
+    "                      once; each question is put to a fork of the sequence (niah only).\n"
+    "                      With --distractors K: K + 1 numbers in a text, each one's\n"
+    "                      distractors being the others, and as many texts as the items need\n"
+    "  --same-text         hide each item's number in the same text, so that what lies before it "
+    "is\n"
+    "                      read once for all; with --chunk or --longcache (niah and multikey)\n"
     "  --text FILE         plain text to hide it in (default: the project's documentation);\n"
     "                      questions use its second half, calibration its first; a text that is\n"
     "                      too short is repeated\n"
@@ -82,6 +87,7 @@ enum option_code {
     OPT_METER,
     OPT_INDEX,
     OPT_TOGETHER,
+    OPT_SAME_TEXT,
     OPT_TASK,
     OPT_CALIBRATE,
     OPT_CALIBRATE_PROMPTS,
@@ -112,6 +118,7 @@ static const struct option long_options[] = {
     {"meter", required_argument, NULL, OPT_METER},
     {"index", no_argument, NULL, OPT_INDEX},
     {"together", no_argument, NULL, OPT_TOGETHER},
+    {"same-text", no_argument, NULL, OPT_SAME_TEXT},
     {"task", required_argument, NULL, OPT_TASK},
     {"calibrate", required_argument, NULL, OPT_CALIBRATE},
     {"calibrate-prompts", required_argument, NULL, OPT_CALIBRATE_PROMPTS},
@@ -283,6 +290,9 @@ static int parse_option(int option, const struct argument *a, struct needle_opti
     case OPT_TOGETHER:
         o->together = true;
         return NEEDLE_OK;
+    case OPT_SAME_TEXT:
+        o->same_text = true;
+        return NEEDLE_OK;
     case OPT_SCOPE:
         return parse_int32(a, 256, FKV_MAX_SCOPE, &o->scope);
     case OPT_METER:
@@ -332,10 +342,15 @@ static int check_given(const bool *given, const struct needle_options *o,
         return needle_fail(error, NEEDLE_BAD_INPUT,
                            "--depth and --distractors have no effect on task %s", o->task_name);
     }
-    if (o->together && (o->task != NEEDLE_TASK_NIAH || given[OPT_DEPTH - OPT_MODEL] ||
-                        given[OPT_DISTRACTORS - OPT_MODEL] || strcmp(o->task_name, "niah") != 0)) {
-        return needle_fail(error, NEEDLE_BAD_INPUT,
-                           "--together is for task niah, without --depth and --distractors");
+    if (o->together && (strcmp(o->task_name, "niah") != 0 || given[OPT_DEPTH - OPT_MODEL])) {
+        return needle_fail(error, NEEDLE_BAD_INPUT, "--together is for task niah, without --depth");
+    }
+    if (o->same_text && (o->task != NEEDLE_TASK_NIAH || o->together || o->depth >= 0 ||
+                         !(o->chunk || o->longcache))) {
+        return needle_fail(
+            error, NEEDLE_BAD_INPUT,
+            "--same-text is for tasks niah and multikey, with --chunk or --longcache, "
+            "without --together and --depth");
     }
     return NEEDLE_OK;
 }
@@ -423,6 +438,9 @@ int needle_options_parse(int argc, char **argv, struct needle_options *options,
     if (!strcmp(options->task_name, "multikey") && !given[OPT_DISTRACTORS - OPT_MODEL]) {
         options->distractors = NEEDLE_MULTIKEY;
     }
+    options->per_text = !options->together                   ? 1
+                        : given[OPT_DISTRACTORS - OPT_MODEL] ? options->distractors + 1
+                                                             : options->items;
     if (!options->n_profiles) {
         options->profiles[options->n_profiles++] = "exact";
     }

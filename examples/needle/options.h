@@ -19,7 +19,9 @@ struct needle_options {
     double depth; /* negative: spread over the items */
     size_t distractors;
     size_t items;
-    bool together; /* all items ask about one text */
+    bool together;   /* items ask about the same text, per_text of them */
+    bool same_text;  /* items differ from the number that they hide on */
+    size_t per_text; /* numbers hidden in it */
     uint64_t seed;
     int32_t threads; /* 0: all processors */
     size_t chunk;    /* 0: the whole context at once, with selection select.chunk */

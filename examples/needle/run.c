@@ -41,27 +41,48 @@ static int64_t period(const fkv_profile_info *profile, size_t length) {
     return coded < 64 ? 64 : (coded + 63) / 64 * 64;
 }
 
+static int begin(struct needle_run *run, size_t length, struct needle_error *error) {
+    struct needle_engine *e = run->engine;
+    int code = NEEDLE_OK;
+    for (size_t i = 0; i < e->n_held && !code; i++) {
+        code = needle_engine_begin(e, i, period(&run->profiles[i], length), error);
+    }
+    return code;
+}
+
+/* Whole steps of what the items have in common go to the sequence that is kept; a fork reads the rest. */
+static int read_trunk(struct needle_run *run, const struct needle_item *item,
+                      struct needle_error *error) {
+    const size_t end = item->shared / run->chunk * run->chunk, from = run->trunk;
+    int code = NEEDLE_OK;
+    if (end > from) {
+        code =
+            needle_engine_prefill(run->engine, item->tokens + from, end - from, run->chunk, error);
+        run->trunk = end;
+    }
+    return code ? code : needle_engine_branch(run->engine, &run->whole, error);
+}
+
 int needle_run_read(struct needle_run *run, const struct needle_item *item,
                     struct needle_error *error) {
     struct needle_engine *e = run->engine;
-    int code = NEEDLE_OK;
-    if (run->read) {
-        return code;
-    }
-    for (size_t i = 0; i < e->n_held && !code; i++) {
-        code = needle_engine_begin(e, i, period(&run->profiles[i], item->length), error);
-    }
-    if (code) {
+    run->trunk = run->trunk > item->shared ? 0 : run->trunk;
+    int code = run->read || run->trunk ? NEEDLE_OK : begin(run, item->length, error);
+    if (run->read || code) {
         return code;
     }
     struct needle_progress progress;
+    const size_t known = run->trunk;
     needle_progress_begin(&progress, run->label,
-                          needle_engine_units(e, item->question, run->chunk));
+                          needle_engine_units(e, item->question - known, run->chunk));
     e->progress = &progress;
-    code = needle_engine_prefill(e, item->tokens, item->question, run->chunk, error);
+    code = run->same_text ? read_trunk(run, item, error) : NEEDLE_OK;
+    code = code ? code
+                : needle_engine_prefill(e, item->tokens + run->trunk, item->question - run->trunk,
+                                        run->chunk, error);
     e->progress = NULL;
     run->prefill_s = needle_seconds() - progress.start;
-    run->prefill_tokens = item->question;
+    run->prefill_tokens = item->question - known;
     run->read = run->together && !code;
     needle_progress_end(&progress);
     return code;
@@ -145,20 +166,20 @@ int needle_run_ask(struct needle_run *run, const struct needle_item *item, size_
                                      .prefill_s = run->prefill_s};
     result->answer = malloc(result->expected);
     float *logits = needle_alloc(result->expected, vocab * sizeof *logits);
-    fkv_sequence whole = -1;
     int code = result->answer && logits
                    ? NEEDLE_OK
                    : needle_fail(error, NEEDLE_FAILED, "out of memory for the answer");
     if (!code && run->together) {
-        code = needle_engine_branch(run->engine, &whole, error);
+        code = needle_engine_branch(run->engine, &run->whole, error);
     }
     if (!code) {
         code = run->task == NEEDLE_TASK_NIAH ? generate(run, item, logits, result, error)
                                              : force(run, item, logits, result, error);
     }
     code = code ? code : measure(run, result, error);
-    if (whole >= 0) {
-        needle_engine_return(run->engine, whole);
+    if (run->whole >= 0) {
+        needle_engine_return(run->engine, run->whole);
+        run->whole = -1;
     }
     if (!code) {
         judge(run->task, item->tokens + item->prompt, result);

@@ -29,7 +29,11 @@ struct needle_run {
     enum needle_task task;
     bool together; /* items differ in their questions only: the first one's context serves all */
     bool read;     /* and is in the engine's sequences */
-    size_t chunk;  /* of the prefill; 0: the whole context */
+    bool
+        same_text; /* contexts are the same up to the first hidden sentence */
+    size_t trunk;                     /* tokens that the engine's first sequence keeps of them */
+    fkv_sequence whole;               /* what a fork is at work for; -1: none */
+    size_t chunk;                     /* of the prefill; 0: the whole context */
     const fkv_profile_info *profiles; /* of what the engine holds */
     FILE *logits;                     /* may be NULL */
     const char *logits_path;
@@ -40,7 +44,7 @@ struct needle_run {
 
 /*
  * Begins new sequences and fills them with the context, which does not show the question. Nothing to do if
- * all items share one context and it has been read.
+ * the items share one context and it has been read; with same_text, only what no item before has read.
  */
 int needle_run_read(struct needle_run *run, const struct needle_item *item,
                     struct needle_error *error);

@@ -89,6 +89,7 @@ static void hide(struct needle_item *item, const uint8_t *hay, size_t count,
     for (size_t i = 0; i < n; i++) {
         size_t at = place(hay, count, sentences[i].depth, used);
         put(item, hay + used, at - used);
+        item->shared = i ? item->shared : item->length;
         put_text(item, "\n");
         put_text(item, sentences[i].text);
         put_text(item, "\n");
@@ -142,6 +143,7 @@ static int build_niah(struct needle_source source, size_t context, double depth,
         free(hay);
         return code ? code : needle_fail(error, NEEDLE_FAILED, "out of memory for the text");
     }
+    random = source.begin ? source.begin : random;
     needle_span_copy(source.text, needle_random_below(random, source.text.count), hay, count);
     put_text(item, HEAD);
     hide(item, hay, count, sentences, n);

@@ -15,6 +15,7 @@ enum needle_task {
 struct needle_item {
     uint8_t *tokens;
     size_t length;
+    size_t shared;   /* tokens before the first hidden sentence (niah) */
     size_t question; /* first token of the question */
     size_t prompt;   /* first token of the answer */
     double depth;    /* where the needle is, 0..1; 0 for plain text */
@@ -23,6 +24,8 @@ struct needle_item {
 struct needle_source {
     struct needle_span text;
     const struct needle_words *words;
+    struct needle_random
+        *begin; /* draws where in the text a context begins; NULL: the item's own */
 };
 
 /* Distractors of the multikey task. */

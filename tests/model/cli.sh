@@ -88,6 +88,9 @@ refuse "--calibrate $tmp/model/fourier.json" --model "$tmp/model" --profile four
 
 refuse 'one --profile' --profile exact --profile fourier --chunk 512
 refuse 'one --profile' --profile exact --profile uniform:4 --longcache
+refuse 'without --depth' --together --depth 0.5
+refuse '--chunk or --longcache' --same-text
+refuse '--chunk or --longcache' --same-text --task copy --chunk 64
 refuse 'at most' $(for i in $(seq 33); do echo --profile exact; done)
 
 "$program" --help >"$tmp/out" || fail "--help: exit status $?"
@@ -118,6 +121,18 @@ answers 'end["exact"] == 1 and items[0]["answer"] == items[0]["expected"] and
     --context 700 --items 1 --depth 0.25 --distractors 2 --chunk 100 --seed 5
 answers 'end["byte_accuracy"] > 0.9 and end["bits_per_byte"] < 1 and 0.25 < end["ratio"] <= 0.5' \
     --task copy --context 700 --items 2 --storage f32
+answers '[round(i["depth"], 2) for i in items] == [0.17, 0.5, 0.83, 0.17, 0.5] and end["exact"] >= 0.6 and
+         len({i["question"] for i in items}) == 5' \
+    --context 1500 --together --distractors 2 --items 5
+
+# What lies before a number is read once, in whole steps of the chunk; with one of the whole length, never.
+for chunk in 64 2000; do
+    answers 'end["exact"] >= 0.75 and [i["depth"] for i in items] == [0.125, 0.375, 0.625, 0.875]' \
+        --context 1500 --same-text --chunk $chunk --logits "$tmp/logits-$chunk"
+done
+cmp "$tmp/logits-64" "$tmp/logits-2000" || fail "--same-text: the answers depend on what is shared"
+answers 'end["exact"] >= 0.5' --task multikey --context 6000 --items 2 --same-text --longcache --scope 6144
+
 answers '0.5 < end["bits_per_byte"] < 3 and end["exact"] is None' \
     --task text --context 400 --items 1 --logits "$tmp/logits"
 # 511 tokens of 320 logits.

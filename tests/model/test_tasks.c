@@ -17,7 +17,7 @@ static struct needle_text text;
 static struct needle_words words;
 
 static struct needle_source source(void) {
-    return (struct needle_source){needle_text_half(&text, 1), &words};
+    return (struct needle_source){needle_text_half(&text, 1), &words, NULL};
 }
 
 static size_t count_string(const uint8_t *bytes, size_t count, const char *wanted) {
@@ -95,6 +95,30 @@ static void test_niah(void **state) {
         needle_item_free(&item);
         needle_item_free(&same);
     }
+}
+
+/* Items in the same text differ from their number on. */
+static void test_same_text(void **state) {
+    (void)state;
+    struct needle_error error;
+    struct needle_item items[2];
+    for (int i = 0; i < 2; i++) {
+        struct needle_random begin = needle_random_stream(7, 0);
+        struct needle_random random = needle_random_stream(7, (uint64_t)i + 1);
+        struct needle_source from = source();
+        from.begin = &begin;
+        assert_int_equal(needle_item_niah(from, 3000, 0.3 + 0.4 * i, 0, &random, &items[i], &error),
+                         NEEDLE_OK);
+        check_niah(&items[i], 3000, 0.3 + 0.4 * i, 0);
+        assert_memory_equal(items[i].tokens + items[i].shared, "\nOne of the special", 19);
+    }
+    assert_true(items[0].shared > 600 && items[1].shared > items[0].shared + 800);
+    assert_memory_equal(items[0].tokens, items[1].tokens, items[0].shared);
+    assert_int_not_equal(
+        memcmp(items[0].tokens, items[1].tokens, items[0].shared + 19 + sizeof " numbers for x-y"),
+        0);
+    needle_item_free(&items[0]);
+    needle_item_free(&items[1]);
 }
 
 static void test_copy(void **state) {
@@ -223,13 +247,10 @@ static int free_text(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_niah),
-        cmocka_unit_test(test_copy),
-        cmocka_unit_test(test_text),
-        cmocka_unit_test(test_too_short),
-        cmocka_unit_test(test_text_is_repeated),
-        cmocka_unit_test(test_words),
-        cmocka_unit_test(test_ascii_only),
+        cmocka_unit_test(test_niah),      cmocka_unit_test(test_same_text),
+        cmocka_unit_test(test_copy),      cmocka_unit_test(test_text),
+        cmocka_unit_test(test_too_short), cmocka_unit_test(test_text_is_repeated),
+        cmocka_unit_test(test_words),     cmocka_unit_test(test_ascii_only),
     };
     return cmocka_run_group_tests(tests, make_text, free_text);
 }
