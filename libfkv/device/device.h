@@ -113,6 +113,9 @@ void fkv_device_release(struct fkv_cache_object *cache, struct fkv_device_buffer
 /* Room in pinned memory for the next fkv_device_send(). */
 fkv_status fkv_device_stage(struct fkv_cache_object *cache, size_t bytes, void **memory);
 fkv_status fkv_device_send(struct fkv_cache_object *cache, uint64_t to, size_t bytes);
+/* Room for the next transfers, of up to `bytes` each, and for so many notes of writes to tables: behind it they find
+ * what memory they need. */
+fkv_status fkv_device_ready(struct fkv_cache_object *cache, size_t bytes, int64_t patches);
 /* Notes a write to a table; fkv_device_flush() sends what is noted. */
 fkv_status fkv_device_patch(struct fkv_cache_object *cache, uint64_t where, uint64_t value,
                             uint64_t zero);
