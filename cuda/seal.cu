@@ -434,7 +434,7 @@ __device__ inline void fetch_part(const Arguments &g, const char *const (&pages)
     const fkv_cuda_cache &c = g.c;
     const int panels = (c.dim + 15) / 16;
     const size_t at = ((size_t)(g.a.layer * 2 + v) * c.n_kv_heads + head) * c.dim;
-    const fkv_cuda_channel *from = (const fkv_cuda_channel *)c.channels + at;
+    const fkv_cuda_channel *from = (const fkv_cuda_channel *)c.coded_channels + at;
     if (threadIdx.x < channels) { /* no more than 256 */
         copy_async(memory + g.at.list + threadIdx.x * 16, from + threadIdx.x);
     }

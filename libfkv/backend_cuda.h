@@ -90,7 +90,7 @@ struct fkv_cuda_cache {
     uint64_t unit_bytes; /* int32_t [layers] */
     uint64_t carriers;   /* float [layers][2][Hk][D] */
     uint64_t
-        channels; /* struct fkv_cuda_channel [layers][2][Hk][D]: those with codes first, as their planes */
+        coded_channels; /* struct fkv_cuda_channel [layers][2][Hk][D]: those with codes first, as their planes */
     uint64_t kinds; /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
     uint64_t
         basis; /* fragments [2][fast / 16 + 1][unit / 32][2], f16: functions of the distance j + 1/2 from the
