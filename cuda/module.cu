@@ -121,6 +121,20 @@ int synchronize(int device, void *stream) {
     return on(device, [&] { return cudaStreamSynchronize((cudaStream_t)stream); });
 }
 
+int stream_device(void *stream, int *device) {
+#if CUDART_VERSION >= 12080
+    const cudaError_t e = cudaStreamGetDevice((cudaStream_t)stream, device);
+    if (e != cudaSuccess) {
+        cudaGetLastError();
+    }
+    return (int)e;
+#else
+    (void)stream;
+    *device = -1; /* not known */
+    return 0;
+#endif
+}
+
 int capturing(int device, void *stream, int *yes) {
     return on(device, [&] {
         cudaStreamCaptureStatus status;
@@ -227,6 +241,7 @@ const fkv_cuda_ops table = {
     upload,
     copy,
     synchronize,
+    stream_device,
     capturing,
     owns,
     event_create,

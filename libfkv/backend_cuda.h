@@ -46,7 +46,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FKV_MODULE_ABI 2u
+#define FKV_MODULE_ABI 3u
 #define FKV_MODULE_ENTRY "fkv_cuda_module"
 #define FKV_SPAN 8            /* units that share the carriers' weights */
 #define FKV_CUDA_CHEBYSHEV 16 /* polynomials for the slow pairs of a span */
@@ -61,6 +61,13 @@ struct fkv_plane {
     int16_t index; /* 0: the lowest two bits */
 };
 
+/* A channel that has codes, for coding: its carrier is u cos + w sin of the angle of a pair. */
+struct fkv_cuda_channel {
+    int16_t number, first; /* first: its first plane in its part */
+    int16_t pair, bits;    /* pair: rope_dim / 2 for those that do not turn */
+    float u, w;
+};
+
 /* One KV head of one layer. */
 struct fkv_cuda_head {
     int32_t k_steps, v_steps, k_exact, v_exact; /* panels */
@@ -68,6 +75,8 @@ struct fkv_cuda_head {
     int32_t k_planes, v_planes;                 /* first entries in the cache's list of planes; */
     int32_t k_exacts, v_exacts;                 /* and of exact channels */
     int32_t carried;                            /* K has carriers */
+    int32_t k_channels, v_channels;             /* that have codes */
+    int32_t unit_bytes;                         /* of the layer: all heads of a unit */
 };
 
 /* Values of fkv_cuda_cache.coded */
@@ -131,6 +140,8 @@ struct fkv_cuda_cache {
     uint64_t planes;               /* struct fkv_plane [] */
     uint64_t unit_bytes;           /* int32_t [layers] */
     uint64_t carriers;             /* float [layers][2][Hk][D] */
+    uint64_t
+        coded_channels; /* struct fkv_cuda_channel [layers][2][Hk][D]: those with codes first, as their planes */
     uint64_t kinds; /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
     uint64_t
         basis; /* fragments [2][fast / 16 + 1][unit / 32][2], f16: functions of the distance j + 1/2 from the
@@ -260,6 +271,7 @@ struct fkv_cuda_ops {
     int (*upload)(int device, uint64_t to, const void *from, size_t bytes, void *stream);
     int (*copy)(int device, uint64_t to, uint64_t from, size_t bytes, void *stream);
     int (*synchronize)(int device, void *stream);
+    int (*stream_device)(void *stream, int *device);
     int (*capturing)(int device, void *stream, int *yes);
     /* whether memory is the device's: 1; another's: 0 */
     int (*owns)(int device, uint64_t address, int *yes);

@@ -140,6 +140,9 @@ void fkv_device_release(struct fkv_cache_object *cache, struct fkv_device_buffer
 /* Room in pinned memory for the next fkv_device_send(). */
 fkv_status fkv_device_stage(struct fkv_cache_object *cache, size_t bytes, void **memory);
 fkv_status fkv_device_send(struct fkv_cache_object *cache, uint64_t to, size_t bytes);
+/* Room for the next transfers, of up to `bytes` each, and for so many notes of writes to tables: behind it they find
+ * what memory they need. */
+fkv_status fkv_device_ready(struct fkv_cache_object *cache, size_t bytes, int64_t patches);
 /* Notes a write to a table; fkv_device_flush() sends what is noted. */
 fkv_status fkv_device_patch(struct fkv_cache_object *cache, uint64_t where, uint64_t value,
                             uint64_t zero);
@@ -212,6 +215,8 @@ uint64_t fkv_device_shared_segments(const struct fkv_cache_object *cache,
 fkv_status fkv_device_folding_begin(struct fkv_plan_object *plan, int layer, struct fkv_folding *f);
 fkv_status fkv_device_folding_run(struct fkv_plan_object *plan, int layer,
                                   const struct fkv_cuda_attend *a, const struct fkv_folding *f);
+/* For a step that came to nothing. */
+void fkv_device_folding_undo(struct fkv_plan_object *plan, struct fkv_folding *f);
 void fkv_device_folding_end(struct fkv_plan_object *plan, struct fkv_folding *f);
 fkv_status fkv_device_read_fourier(struct fkv_cache_object *cache, struct fkv_seq *seq, int layer,
                                    fkv_part part, int64_t first, int64_t count,

@@ -290,6 +290,17 @@ static bool make_lists(struct fkv_cache_object *cache, struct fkv_folding *f) {
     return f->jobs && f->pages && f->folds && f->segments;
 }
 
+void fkv_device_folding_undo(struct fkv_plan_object *plan, struct fkv_folding *f) {
+    struct fkv_cache_object *cache = plan->cache;
+    for (int64_t i = 0; i < f->n; i++) {
+        fkv_device_page_drop(cache, plan->rows[f->jobs[i].row].seq, f->pages[i]);
+    }
+    for (int64_t i = 0; i < f->n_folds; i++) {
+        fkv_device_page_drop(cache, plan->rows[f->folds[i].row].seq, f->segments[i]);
+    }
+    fkv_device_folding_end(plan, f);
+}
+
 fkv_status fkv_device_folding_begin(struct fkv_plan_object *plan, int layer,
                                     struct fkv_folding *f) {
     struct fkv_cache_object *cache = plan->cache;
@@ -309,15 +320,11 @@ fkv_status fkv_device_folding_begin(struct fkv_plan_object *plan, int layer,
         status = fkv_device_reserve(cache, &plan->device->seals, lists_bytes(f));
     }
     if (status == FKV_OK) {
-        return FKV_OK;
+        status = fkv_device_ready(cache, lists_bytes(f), f->slots + f->fold_slots);
     }
-    for (int64_t i = 0; i < f->n; i++) {
-        fkv_device_page_drop(cache, plan->rows[f->jobs[i].row].seq, f->pages[i]);
+    if (status != FKV_OK) {
+        fkv_device_folding_undo(plan, f);
     }
-    for (int64_t i = 0; i < f->n_folds; i++) {
-        fkv_device_page_drop(cache, plan->rows[f->folds[i].row].seq, f->segments[i]);
-    }
-    fkv_device_folding_end(plan, f);
     return status;
 }
 

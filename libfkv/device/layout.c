@@ -11,8 +11,8 @@
 
 /* Offsets of the tables in the buffer, and sizes. */
 struct plan_of_tables {
-    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, sections, turns, project,
-        splits, channels, bytes;
+    size_t inv_freq, heads, planes, unit_bytes, carriers, coded_channels, kinds, basis, sections,
+        turns, project, splits, channels, bytes;
     size_t n_planes, n_channels;
 };
 
@@ -81,6 +81,38 @@ static int list_exact(const struct fkv_residuals *r, struct fkv_plane *to) {
     return n;
 }
 
+/* The channels with codes in the order of their planes; mu: the part's carriers. `to` may be NULL. */
+static int list_coded(const struct fkv_model *m, const struct fkv_residuals *r, fkv_part part,
+                      const float *mu, struct fkv_cuda_channel *to) {
+    static const int bits[] = {
+        [FKV_WIDTH_8] = 8, [FKV_WIDTH_4] = 4, [FKV_WIDTH_3] = 3, [FKV_WIDTH_2] = 2};
+    const int pairs = m->rope_dim / 2;
+    int n = 0, plane = 0, at = r->count[FKV_WIDTH_EXACT];
+    for (enum fkv_width w = FKV_WIDTH_8; w < FKV_WIDTH_0; w++) {
+        for (int i = 0; i < r->count[w]; i++, at++, n++, plane += planes_of(w)) {
+            if (!to) {
+                continue;
+            }
+            const int d = r->list[at];
+            const bool interleaved = m->rope_layout == FKV_ROPE_INTERLEAVED;
+            const bool turns = part == FKV_PART_K && d < m->rope_dim;
+            const bool leads = interleaved ? d % 2 == 0 : d < pairs;
+            const int other = interleaved ? d ^ 1 : leads ? d + pairs : d - pairs;
+            to[n] = (struct fkv_cuda_channel){.number = (int16_t)d,
+                                              .first = (int16_t)plane,
+                                              .pair = (int16_t)(!turns        ? pairs
+                                                                : interleaved ? d / 2
+                                                                              : d % pairs),
+                                              .bits = (int16_t)bits[w],
+                                              .u = mu[d],
+                                              .w = !turns  ? 0.0f
+                                                   : leads ? -mu[other]
+                                                           : mu[other]};
+        }
+    }
+    return n;
+}
+
 static int max_int(int a, int b) {
     return a > b ? a : b;
 }
@@ -106,6 +138,8 @@ static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_
             h->k_exact = (h->v_exacts - h->k_exacts) / PANEL;
             h->v_exact = (next - h->v_exacts) / PANEL;
             h->carried = k->carried;
+            h->k_channels = list_coded(&p->model, k, FKV_PART_K, NULL, NULL);
+            h->v_channels = list_coded(&p->model, v, FKV_PART_V, NULL, NULL);
             h->offset = offset;
             h->k_bytes = h->k_steps * (panel + 64) + h->k_exact * panel * 8 + 16;
             h->bytes = h->k_bytes + h->v_steps * (panel + 64) + h->v_exact * panel * 8;
@@ -116,6 +150,9 @@ static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_
             d->c.most_k_exacts = max_int(d->c.most_k_exacts, h->k_exact * PANEL);
         }
         d->unit_bytes[l] = (offset + 127) / 128 * 128;
+        for (int i = 0; i < heads; i++) {
+            d->heads[l * heads + i].unit_bytes = d->unit_bytes[l];
+        }
     }
     *n_planes = (size_t)next;
 }
@@ -143,6 +180,7 @@ static void lay_out_tables(const struct fkv_profile_object *p, const struct fkv_
         t->planes = part_of(&at, t->n_planes * sizeof(struct fkv_plane));
         t->unit_bytes = part_of(&at, (size_t)m->n_layers * sizeof(int32_t));
         t->carriers = part_of(&at, 2 * heads * dim * sizeof(float));
+        t->coded_channels = part_of(&at, 2 * heads * dim * sizeof(struct fkv_cuda_channel));
         t->kinds = part_of(&at, 2 * heads * dim);
         t->basis = part_of(&at, fragments * 512);
         t->sections = part_of(&at, (size_t)FKV_SPAN * 1024);
@@ -265,6 +303,8 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
             list_exact(r, planes + (part == FKV_PART_K ? h->k_exacts : h->v_exacts));
             memcpy(to + t->carriers + at * sizeof(float), fkv_profile_carrier(p, l, part, i / 2),
                    dim * sizeof(float));
+            list_coded(m, r, part, fkv_profile_carrier(p, l, part, i / 2),
+                       (struct fkv_cuda_channel *)(void *)(to + t->coded_channels) + at);
             const int first =
                 r->count[FKV_WIDTH_EXACT] + r->count[FKV_WIDTH_8] + r->count[FKV_WIDTH_4];
             for (int j = 0; j < r->count[FKV_WIDTH_3]; j++) {
@@ -289,6 +329,7 @@ static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base,
     c->planes = base + t->planes;
     c->unit_bytes = base + t->unit_bytes;
     c->carriers = base + t->carriers;
+    c->coded_channels = base + t->coded_channels;
     c->kinds = base + t->kinds;
     c->basis = base + t->basis;
     c->sections = base + t->sections;

@@ -525,6 +525,15 @@ static void end_sealing(struct fkv_plan_object *plan, struct sealing *s) {
                    (size_t)s->slots * sizeof *s->pages);
 }
 
+/* For a step that came to nothing: its blocks are given back. */
+static void undo_sealing(struct fkv_plan_object *plan, struct sealing *s) {
+    for (int64_t i = 0; i < s->n; i++) {
+        fkv_device_page_drop(plan->cache, plan->rows[s->jobs[i].row].seq, s->pages[i]);
+    }
+    fkv_device_folding_undo(plan, &s->folding);
+    end_sealing(plan, s);
+}
+
 static fkv_status begin_sealing(struct fkv_plan_object *plan, int layer, struct sealing *s) {
     struct fkv_cache_object *cache = plan->cache;
     *s = (struct sealing){.slots = 0};
@@ -545,11 +554,11 @@ static fkv_status begin_sealing(struct fkv_plan_object *plan, int layer, struct 
         status =
             fkv_device_reserve(cache, &plan->device->seals, (size_t)s->slots * sizeof *s->jobs);
     }
-    for (int64_t i = 0; status != FKV_OK && i < s->n; i++) {
-        fkv_device_page_drop(cache, plan->rows[s->jobs[i].row].seq, s->pages[i]);
+    if (status == FKV_OK) {
+        status = fkv_device_ready(cache, (size_t)s->slots * sizeof *s->jobs, s->slots);
     }
     if (status != FKV_OK) {
-        end_sealing(plan, s);
+        undo_sealing(plan, s);
     }
     return status;
 }
@@ -653,7 +662,11 @@ fkv_status fkv_device_append(struct fkv_plan_object *plan, int layer, const stru
         status = attend(plan, layer, q, out, lse, true, true);
     }
     plan->device->captured = plan->device->captured || capturing;
-    if (status == FKV_OK && !capturing) {
+    if (status != FKV_OK) {
+        undo_sealing(plan, &sealing);
+        return status;
+    }
+    if (!capturing) {
         advance(plan, layer);
         status = run_sealing(plan, layer, &sealing);
     }
@@ -661,17 +674,31 @@ fkv_status fkv_device_append(struct fkv_plan_object *plan, int layer, const stru
     return status;
 }
 
+/* What coding needs is taken for all layers first: it is there, or nothing has changed and the call can be repeated. */
 fkv_status fkv_device_replayed(struct fkv_plan_object *plan) {
-    fkv_status status = FKV_OK;
-    for (int l = 0; status == FKV_OK && l < plan->cache->profile->model.n_layers; l++) {
-        struct sealing sealing;
-        status = begin_sealing(plan, l, &sealing);
-        if (status == FKV_OK) {
-            advance(plan, l);
-            status = run_sealing(plan, l, &sealing);
-            end_sealing(plan, &sealing);
-        }
+    struct fkv_cache_object *cache = plan->cache;
+    const int layers = cache->profile->model.n_layers;
+    const size_t bytes = (size_t)layers * sizeof(struct sealing);
+    struct sealing *all = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, bytes);
+    fkv_status status = all ? FKV_OK : fkv_cache_refused(cache);
+    int begun = 0;
+    while (status == FKV_OK && begun < layers) {
+        status = begin_sealing(plan, begun, &all[begun]);
+        begun += status == FKV_OK;
     }
+    for (int l = 0; status != FKV_OK && l < begun; l++) {
+        undo_sealing(plan, &all[l]);
+    }
+    for (int l = 0; status == FKV_OK && l < layers; l++) {
+        advance(plan, l);
+    }
+    for (int l = 0; begun == layers && l < layers; l++) {
+        if (status == FKV_OK) {
+            status = run_sealing(plan, l, &all[l]);
+        }
+        end_sealing(plan, &all[l]);
+    }
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, all, bytes);
     return status;
 }
 
