@@ -24,15 +24,36 @@ template <int H> __device__ void clear_sums(const Block<H> &b) {
 #endif
 }
 
-template <typename T, int H>
+template <typename T, int H, bool CODED>
 __device__ void run_exact(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
                           uint32_t &passed) {
     Running r = {{kLowest, kLowest}, {0.0f, 0.0f}};
-    load_query(b, row, item, 1.0f);
+    const EarlyQuery<H> early = begin_query(b, row, item);
+    /* the append in front of this launch may still be under way: tokens from row.base on are its own */
+    const int last = item.first + item.count - item.sink; /* behind the item's last entry */
+    if (b.g.a.follows && (item.sink || b.g.c.sinks + (last - 1) * 64 > row.base)) {
+        await_launch();
+    }
+    float4 *o = (float4 *)b.of_warp(b.warp);
+#if FKV_BULK
+    Ring ring;
+    if (!CODED) {
+        ring = begin_ring(b, row, item, passed);
+    }
+#endif
+    load_query(b, row, item, 1.0f, early);
     __syncthreads();
     make_factors<T, H>(b);
     __syncthreads();
-    exact_item<T, H>(b, row, item, r, (float4 *)b.of_warp(b.warp), passed);
+#if FKV_BULK
+    if (!CODED) {
+        ring_item<T, H>(b, row, item, r, o, ring);
+        passed = ring.taken;
+    } else
+#endif
+    {
+        exact_item<T, H>(b, row, item, r, o);
+    }
     if (b.lane < H / 2) {
         for (int c = 0; c < 2; c++) {
             b.maxima()[b.warp * H + b.lane * 2 + c] = r.max[c];
@@ -41,7 +62,7 @@ __device__ void run_exact(const Block<H> &b, const fkv_cuda_row &row, const fkv_
     }
 }
 
-template <typename T, int MT, int H>
+template <typename T, int MT, int H, bool FAR>
 __device__ void run_coded(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
                           const fkv_cuda_head &head, uint32_t &passed) {
     CodedRunning r[H / 4];
@@ -49,10 +70,10 @@ __device__ void run_coded(const Block<H> &b, const fkv_cuda_row &row, const fkv_
     for (int quad = 0; quad < H / 4; quad++) {
         r[quad] = {kLowest, 0.0f};
     }
-    if (head.bytes <= b.g.stage) {
+    if (!FAR || head.bytes <= b.g.stage) {
         coded_item<T, MT, H, true>(b, row, item, head, r, passed);
     } else {
-        coded_item<T, MT, H, false>(b, row, item, head, r, passed);
+        coded_item<T, MT, H, !FAR>(b, row, item, head, r, passed);
     }
 #pragma unroll
     for (int quad = 0; quad < H / 4; quad++) {
@@ -63,9 +84,11 @@ __device__ void run_coded(const Block<H> &b, const fkv_cuda_row &row, const fkv_
     }
 }
 
-/* MT: tiles of a unit, 0 in exact caches */
-template <typename T, int MT, int H>
-__global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_constant__ Arguments g) {
+/* MT: tiles of a unit, 0 in exact caches. FAR: some units are read where they lie; without that code the kernel fits
+ * better in the cache of instructions. */
+template <typename T, int MT, int H, bool FAR>
+__global__ __launch_bounds__(kThreads,
+                             16 / kWarps) void attend_kernel(const __grid_constant__ Arguments g) {
     extern __shared__ __align__(128) char memory[];
     __shared__ unsigned last;
     const Block<H> b(g, memory);
@@ -75,24 +98,31 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
     const fkv_cuda_item &item = work.item;
     const fkv_cuda_row &row = work.row;
     const fkv_cuda_head &head = work.head;
+    uint32_t merged = 0; /* outputs */
     uint32_t passed = 0; /* chunks through this warp's ring, or units through its places */
     if (MT) {            /* waited for with the first item's profile */
-        for (int i = b.thread * 16; i < basis_bytes(g.c); i += kThreads * 16) {
-            copy_async(memory + b.at.basis + i, (const char *)g.c.basis + i);
-        }
-        for (int i = b.thread * 16; i < FKV_SPAN * g.c.fast * 8; i += kThreads * 16) {
-            copy_async(memory + b.at.turns + i, (const char *)g.c.turns + i);
+        const auto copy = [&](int to, uint64_t from, int bytes) {
+            for (int i = b.thread * 16; i < bytes; i += kThreads * 16) {
+                copy_async(memory + to + i, (const char *)from + i);
+            }
+        };
+        copy(b.at.basis, g.c.basis, basis_bytes(g.c));
+        copy(b.at.turns, g.c.turns, FKV_SPAN * g.c.fast * 8);
+        if (g.near) {
+            copy(b.at.project, g.c.project, project_bytes(g.c));
+            copy(b.at.inv_freq, g.c.inv_freq, g.c.rope_dim / 2 * 8);
         }
         copies_commit();
     }
 #if FKV_BULK
-    if (b.thread < kWarps * kStages) {
+    if (b.thread <= kWarps * kStages) {
         barrier_init(b.template as<uint64_t>(b.at.barriers) + b.thread);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncthreads();
 #endif
     for (int i = blockIdx.x;;) {
+        clear_sums(b);
         fetch_work(g, i, n_items, &work);
         if (i >= n_items) {
             break;
@@ -106,12 +136,11 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
             }
             taken = gridDim.x + drawn;
         }
-        clear_sums(b);
         __syncthreads();
         if (MT && item.coded) {
-            run_coded<T, MT ? MT : 4, H>(b, row, item, head, passed);
+            run_coded<T, MT ? MT : 4, H, FAR>(b, row, item, head, passed);
         } else {
-            run_exact<T, H>(b, row, item, passed);
+            run_exact<T, H, MT != 0>(b, row, item, passed);
         }
         __syncthreads();
         total_sums(b);
@@ -119,7 +148,7 @@ __global__ __launch_bounds__(kThreads, 2) void attend_kernel(const __grid_consta
         __syncthreads();
         add_warps(b, item, head);
         __syncthreads();
-        end_item(b, row, item, &last);
+        end_item(b, row, item, &last, merged);
         __syncthreads();
     }
 }
@@ -136,13 +165,14 @@ inline bool can_begin_early(int device) {
     return value >= 9;
 }
 
-template <typename T, int MT, int H> cudaError_t launch(Arguments &g, cudaStream_t stream) {
+template <typename T, int MT, int H, bool FAR>
+cudaError_t launch(Arguments &g, cudaStream_t stream) {
     const Shared at = g.at = layout<H>(g);
     static int allowed[64]; /* by device; the attribute may be set twice, that is harmless */
     int device;
     cudaError_t e = cudaGetDevice(&device);
     if (e == cudaSuccess && (device >= 64 || allowed[device] < at.bytes)) {
-        e = cudaFuncSetAttribute(attend_kernel<T, MT, H>,
+        e = cudaFuncSetAttribute(attend_kernel<T, MT, H, FAR>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
         if (e == cudaSuccess && device < 64) {
             allowed[device] = at.bytes;
@@ -161,34 +191,33 @@ template <typename T, int MT, int H> cudaError_t launch(Arguments &g, cudaStream
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = g.a.follows && can_begin_early(device) ? 1 : 0;
-    return cudaLaunchKernelEx(&config, attend_kernel<T, MT, H>, (const Arguments &)g);
+    return cudaLaunchKernelEx(&config, attend_kernel<T, MT, H, FAR>, (const Arguments &)g);
 }
 
 /* Room for units such that two blocks fit on a multiprocessor. Parts of larger ones are read where they lie. */
 template <int H> void choose_stage(Arguments &g) {
-    constexpr int room =
-        (113 << 10) - 512; /* of 228 KiB, less what the system and the kernel take of it */
     const int exact_tiles = g.exact_tiles;
     g.exact_tiles = 0; /* their sums may take the units' place */
-    const int most = (room - layout<H>(g).bytes) / kWarps / 128 * 128;
+    const int most = (kRoom - layout<H>(g).used) / kWarps / 128 * 128;
     g.exact_tiles = exact_tiles;
     g.stage = (g.c.most_bytes + 127) / 128 * 128;
     if (g.stage > most) {
         g.stage = most > 0 ? most : 0;
     }
+    g.near = 1;
+    g.near = g.c.rope_dim % 4 == 0 && layout<H>(g).used <= kRoom;
+}
+
+template <typename T, int MT, int H> cudaError_t by_room(Arguments &g, cudaStream_t stream) {
+    if (MT) {
+        choose_stage<H>(g);
+    }
+    return MT && g.stage < g.c.most_bytes ? launch<T, MT, H, MT != 0>(g, stream)
+                                          : launch<T, MT, H, false>(g, stream);
 }
 
 template <typename T, int MT> cudaError_t by_heads(Arguments &g, cudaStream_t stream) {
-    if (g.c.group <= 4) {
-        if (MT) {
-            choose_stage<4>(g);
-        }
-        return launch<T, MT, 4>(g, stream);
-    }
-    if (MT) {
-        choose_stage<8>(g);
-    }
-    return launch<T, MT, 8>(g, stream);
+    return g.c.group <= 4 ? by_room<T, MT, 4>(g, stream) : by_room<T, MT, 8>(g, stream);
 }
 
 template <typename T> cudaError_t by_unit(Arguments &g, cudaStream_t stream) {
@@ -201,7 +230,7 @@ template <typename T> cudaError_t by_unit(Arguments &g, cudaStream_t stream) {
 
 cudaError_t fkv_cuda_attend_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a,
                                    cudaStream_t stream) {
-    fkv::Arguments g = {c, a, 0, 0, 0, 0, (c.dim + 15) / 16, {}};
+    fkv::Arguments g = {c, a, 0, 0, 0, 0, 0, (c.dim + 15) / 16, {}};
     if (c.coded) {
         g.k_planes = c.most_k_planes;
         g.k_exacts = c.most_k_exacts;

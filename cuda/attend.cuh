@@ -19,16 +19,20 @@ constexpr int kMergeGroups = 4;   /* of threads, when parts of an output are add
 constexpr int kPBits = 10;        /* low parts of weights are normal numbers of f16 */
 constexpr int kQBits = 12;        /* queries' factors are 2^12 at most, */
 constexpr int kWBits = 14;        /* those of carriers 2^14 */
-constexpr int kStages = 4;        /* of an exact cache's ring, see Ring: */
-constexpr int kStagePanels = 1;   /* so many panels of a page each; 2 were no faster */
+/* Shared memory with which blocks fill a multiprocessor: of 228 KiB, less what the system and the kernel take of it. */
+constexpr int kRoom = (113 << 10) - 512;
+constexpr int kStages = 4;      /* of an exact cache's ring, see Ring: */
+constexpr int kStagePanels = 1; /* so many panels of a page each; 2 were no faster */
 constexpr int kStage = kStagePanels * 2048;
 
 /* Shared memory of a block; offsets in bytes from the start. */
 struct Shared {
     int stats, q, out, factors, planes, bases, exacts, pairs, mu, kinds, lists, basis, turns;
-    int warps, warp_bytes;   /* of each warp: sums, a place for units or pages, then */
-    int stage, turned, slow; /* these, from the warp's start */
-    int barriers, bytes;
+    int project, inv_freq;      /* as the cache's */
+    int v_mu, v_kinds, v_lists; /* as mu, kinds and lists, of V */
+    int warps, warp_bytes;      /* of each warp: sums, a place for units or pages, then */
+    int stage, turned, slow;    /* these, from the warp's start */
+    int barriers, used, bytes;  /* `used` is what is needed, `bytes` what a block gets */
 };
 
 struct Arguments {
@@ -36,6 +40,7 @@ struct Arguments {
     fkv_cuda_attend a;
     int k_planes, k_exacts;       /* most of a head */
     int stage;                    /* room for a unit in a warp's shared memory */
+    int near;                     /* 1: what turns carriers is in shared memory too */
     int coded_tiles, exact_tiles; /* 16 channels of a warp's sums */
     Shared at;
 };
@@ -49,6 +54,11 @@ __host__ __device__ inline int padded_pairs(const fkv_cuda_cache &c) {
 /* Bytes of the carriers' basis. */
 __host__ __device__ inline int basis_bytes(const fkv_cuda_cache &c) {
     return 2 * (c.fast / 16 + 1) * (c.unit / 32) * 1024;
+}
+
+/* Bytes of the fragments that turn slow pairs into polynomials. */
+__host__ __device__ inline int project_bytes(const fkv_cuda_cache &c) {
+    return (padded_pairs(c) - c.fast) / 8 * 1024;
 }
 
 template <int H> inline Shared layout(const Arguments &g) {
@@ -67,11 +77,20 @@ template <int H> inline Shared layout(const Arguments &g) {
     s.kinds = s.mu + (c.coded ? c.dim * 4 : 0);
     s.lists = s.kinds + (c.coded ? padded : 0);
     s.basis = s.lists + (g.k_planes + g.k_exacts) * (int)sizeof(fkv_plane);
+    s.v_mu = s.basis;
+    s.v_kinds = s.v_mu + (c.coded ? c.dim * 4 : 0);
+    s.v_lists = s.v_kinds + (c.coded ? padded : 0);
+    s.basis = s.v_lists + g.coded_tiles * 16 * (int)sizeof(fkv_plane);
     if (s.basis < s.factors + padded / 16 * 256 * quads) {
         s.basis = s.factors + padded / 16 * 256 * quads;
     }
     s.turns = s.basis + (c.coded ? basis_bytes(c) : 0);
-    s.warps = (s.turns + (c.coded ? FKV_SPAN * c.fast * 8 : 0) + 127) / 128 * 128;
+    s.project = (s.turns + (c.coded ? FKV_SPAN * c.fast * 8 : 0) + 15) / 16 * 16;
+    s.inv_freq = s.project + (g.near ? project_bytes(c) : 0);
+    s.barriers = s.inv_freq + (g.near ? c.rope_dim / 2 * 8 : 0);
+    s.barriers = (s.barriers + 7) / 8 * 8;
+    s.warps =
+        (s.barriers + (kWarps * kStages + 1) * 8 + 127) / 128 * 128; /* the last one's is merging */
     if (c.coded) {
         s.stage = g.coded_tiles * 256 * quads;
         s.turned = s.stage + g.stage;
@@ -87,8 +106,8 @@ template <int H> inline Shared layout(const Arguments &g) {
     const int merge = (kMergeGroups * padded + g.a.grid + 2) * H * 4;
     s.warp_bytes = s.warp_bytes * kWarps > merge ? s.warp_bytes : merge / kWarps + 1;
     s.warp_bytes = (s.warp_bytes + 127) / 128 * 128;
-    s.barriers = s.warps + kWarps * s.warp_bytes;
-    s.bytes = s.barriers + kWarps * kStages * 8;
+    s.used = s.warps + kWarps * s.warp_bytes;
+    s.bytes = s.used < kRoom ? kRoom : s.used; /* the rest is room for parts that are merged */
     return s;
 }
 
@@ -186,53 +205,73 @@ __device__ inline int visible_tokens(const Arguments &g, const fkv_cuda_row &row
     return g.a.appended ? row.base + item.query + 1 : row.base;
 }
 
-/* Elements of the item's queries, rotated and in units of log2. All loads of a thread before their first use. */
-template <int DTYPE, int H>
-__device__ void rotate_query(const Block<H> &b, const fkv_cuda_row &row,
-                             const fkv_cuda_item &item) {
-    constexpr int each = 2;
+/* A thread's elements of the item's queries, on their way, with what turns them: (x, other, cos, -sin or sin). Threads
+ * of a head take every so many channels of it; heads have no more than 256. */
+template <int H> struct EarlyQuery {
+    static constexpr int threads = kThreads / H, each = 256 / threads;
+    float4 e[each];
+};
+
+template <bool F32, int H>
+__device__ __forceinline__ void early_elements(const Block<H> &b, const fkv_cuda_row &row,
+                                               const fkv_cuda_item &item, EarlyQuery<H> &early) {
+    constexpr int threads = EarlyQuery<H>::threads;
     const fkv_cuda_cache &c = b.g.c;
-    const int padded = (c.dim + 15) / 16 * 16;
-    const int64_t token = row.offset + item.query;
-    const float *rope =
+    const int h = b.thread / threads, pairs = c.rope_dim / 2;
+    const int dtype = F32 ? FKV_F32 : b.g.a.q.dtype == FKV_F16 ? FKV_F16 : FKV_BF16;
+    const char *from =
+        row_at(b.g.a.q, row.offset + item.query, item.head * c.group + item.q_first + h);
+    const float *cosines =
         (const float *)b.g.a.rope + row.rope_offset + row.base + item.query - row.rope_first;
-    float *q = b.template as<float>(b.at.q);
-    for (int first = b.thread; first < H * padded; first += each * kThreads) {
-        float x[each];
+    const float *sines = cosines + pairs * b.g.a.rope_capacity;
+    const bool interleaved = c.rope_layout == 2;
 #pragma unroll
-        for (int k = 0; k < each; k++) {
-            const int i = first + k * kThreads, h = i / padded, d = i % padded;
-            x[k] = 0.0f;
-            if (h < item.q_count && d < c.dim) {
-                const char *from = row_at(b.g.a.q, token, item.head * c.group + item.q_first + h);
-                x[k] = rotated(c, from, DTYPE, d, rope, b.g.a.rope_capacity) * (c.scale * kLog2e);
+    for (int k = 0; k < EarlyQuery<H>::each; k++) {
+        const int d = b.thread % threads + k * threads;
+        const bool first = interleaved ? d % 2 == 0 : d < pairs;
+        const int other = interleaved ? d ^ 1 : first ? d + pairs : d - pairs;
+        const int pair = interleaved ? d / 2 : first ? d : other;
+        float4 e = make_float4(0.0f, 0.0f, 1.0f, 0.0f);
+        if (h < item.q_count && d < c.dim) {
+            e.x = load_element(from, dtype, d);
+            if (d < c.rope_dim) {
+                const int64_t at = pair * b.g.a.rope_capacity;
+                e.y = load_element(from, dtype, other);
+                e.z = cosines[at];
+                e.w = first ? -sines[at] : sines[at];
             }
         }
-#pragma unroll
-        for (int k = 0; k < each; k++) {
-            if (first + k * kThreads < H * padded) {
-                q[first + k * kThreads] = x[k];
-            }
-        }
+        early.e[k] = e;
     }
+}
+template <int H>
+__device__ __forceinline__ EarlyQuery<H> begin_query(const Block<H> &b, const fkv_cuda_row &row,
+                                                     const fkv_cuda_item &item) {
+    EarlyQuery<H> early;
+    if (b.g.a.q.dtype == FKV_F32) {
+        early_elements<true>(b, row, item, early);
+    } else {
+        early_elements<false>(b, row, item, early);
+    }
+    return early;
 }
 
 /* The queries, and the norms that follow from their largest elements. `digits` is what an element may reach as an
  * integer. */
 template <int H>
 __device__ void load_query(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
-                           float digits) {
+                           float digits, const EarlyQuery<H> &early) {
+    constexpr int threads = EarlyQuery<H>::threads;
     const int padded = (b.g.c.dim + 15) / 16 * 16;
-    const float *q = b.template as<float>(b.at.q);
-    switch (b.g.a.q.dtype) {
-    case FKV_F32:
-        rotate_query<FKV_F32>(b, row, item);
-        break;
-    case FKV_F16:
-        rotate_query<FKV_F16>(b, row, item);
-        break;
-    default:
-        rotate_query<FKV_BF16>(b, row, item);
+    float *q = b.template as<float>(b.at.q);
+#pragma unroll
+    for (int k = 0; k < EarlyQuery<H>::each; k++) { /* in the CPU's order of operations */
+        const int d = b.thread % threads + k * threads;
+        const float4 &e = early.e[k];
+        const float x = __fadd_rn(__fmul_rn(e.x, e.z), __fmul_rn(e.y, e.w));
+        if (d < padded) {
+            q[b.thread / threads * padded + d] = x * (b.g.c.scale * kLog2e);
+        }
     }
     __syncthreads();
     for (int h = b.warp; h < H; h += kWarps) {

@@ -155,13 +155,13 @@ __device__ __forceinline__ float weigh_digits(const int *c, const int *d, bool w
     return D == 3 ? fmaf(x, 256.0f, (float)d[0]) : x;
 }
 
-/* The lane's scores: token lane / 4 of each tile, and the eighth behind it. Tile i's are times by[i % 4]. */
+/* The lane's scores: token lane / 4 of each tile, and the eighth behind it; in units of carrier_norm. */
 template <int MT> struct Scores {
-    float s[MT][2], by[4],
-        add; /* add: to all, in units of log2; the others are in units of carrier_norm */
+    float s[MT][2];
+    float add; /* to all, in units of log2 */
 };
 
-/* Scores of the codes. */
+/* Adds the scores of the codes. */
 template <typename T, int MT, int H>
 __device__ __forceinline__ void score_codes(const char *part, const CodedView &v,
                                             const KeyDigits<T> &digits, int lane, Scores<MT> &s) {
@@ -214,33 +214,17 @@ __device__ __forceinline__ void score_codes(const char *part, const CodedView &v
         }
     }
     const bool wide = steps > kMostSteps;
+    const float f = v.by * power2(e); /* sums to the carriers' norm; tile i's are times 4^(i % 4) */
 #pragma unroll
     for (int i = 0; i < MT; i++) {
+        const float by = f / (float)(1 << 2 * (i % 4));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            s.s[i][r] = weigh_digits<D>(&c[0][i][2 * r], &c[G - 1][i][2 * r], wide);
+            const float x = weigh_digits<D>(&c[0][i][2 * r], &c[G - 1][i][2 * r], wide);
+            s.s[i][r] = fmaf(x, by, s.s[i][r]);
         }
     }
-    s.by[0] = v.by * power2(e);
-#pragma unroll
-    for (int p = 1; p < 4; p++) {
-        s.by[p] = s.by[p - 1] * 0.25f;
-    }
     s.add = fmaf(base[0] + base[1], v.base_norm, v.constant);
-}
-
-/* Applies by[], adding x. */
-template <int MT>
-__device__ __forceinline__ void scale_scores(Scores<MT> &s, const float (&x)[MT][2]) {
-#pragma unroll
-    for (int i = 0; i < MT; i++) {
-        s.s[i][0] = fmaf(s.s[i][0], s.by[i % 4], x[i][0]);
-        s.s[i][1] = fmaf(s.s[i][1], s.by[i % 4], x[i][1]);
-    }
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-        s.by[p] = 1.0f;
-    }
 }
 
 /* Exact channels of K: f16, behind the codes. */
@@ -248,7 +232,7 @@ template <int MT>
 __device__ __forceinline__ void score_exact(const char *part, const CodedView &v, int lane,
                                             Scores<MT> &s) {
     const uint4 *a = (const uint4 *)(part + v.head.k_steps * MT * 64) + lane;
-    float c[MT][4] = {}, x[MT][2];
+    float c[MT][4] = {};
     for (int i = 0; i < v.head.k_exact; i++) {
         const uint2 b = v.exacts[i * 32 + lane];
 #pragma unroll
@@ -258,10 +242,9 @@ __device__ __forceinline__ void score_exact(const char *part, const CodedView &v
     }
 #pragma unroll
     for (int t = 0; t < MT; t++) {
-        x[t][0] = c[t][0] + c[t][1];
-        x[t][1] = c[t][2] + c[t][3];
+        s.s[t][0] += c[t][0] + c[t][1];
+        s.s[t][1] += c[t][2] + c[t][3];
     }
-    scale_scores<MT>(s, x);
 }
 
 /* Factors of eight fast pairs: for cosines and sines. */
@@ -289,7 +272,7 @@ __device__ __forceinline__ Turned turn_polynomials(const CodedView &v, int unit,
     return {transpose(both_parts(c[0] + c[1])), transpose(both_parts(c[2] + c[3]))};
 }
 
-/* Carriers: an even and an odd function of the distance from the unit's middle. */
+/* Scores begin with the carriers': an even and an odd function of the distance from the unit's middle. */
 template <int MT, int H>
 __device__ __forceinline__ void score_carriers(const CodedView &v, int unit, int lane,
                                                Scores<MT> &s) {
@@ -309,28 +292,39 @@ __device__ __forceinline__ void score_carriers(const CodedView &v, int unit, int
         if (i * 16 + 8 < v.fast) {
             y = turn_pairs(turned + i * 16 + 8, turns + i * 16 + 8, cut);
         }
-        const uint4 *a = v.basis + i * tiles * 64 + lane, *b = a + panels * tiles * 64;
+        const uint32_t a = shared_address(v.basis + i * tiles * 64 + lane);
+        const uint32_t b = a + panels * tiles * 1024;
 #pragma unroll
         for (int part = 0; part < 2; part++) {
+            uint4 f[tiles];
 #pragma unroll
             for (int t = 0; t < tiles; t++) {
-                multiply_halves(even[t], a[t * 64 + part * 32], make_uint2(x.even, y.even));
-                multiply_halves(odd[t], b[t * 64 + part * 32], make_uint2(x.odd, y.odd));
+                f[t] = load_now(a + t * 1024 + part * 512);
+            }
+#pragma unroll
+            for (int t = 0; t < tiles; t++) {
+                multiply_halves(even[t], f[t], make_uint2(x.even, y.even));
+            }
+#pragma unroll
+            for (int t = 0; t < tiles; t++) {
+                f[t] = load_now(b + t * 1024 + part * 512);
+            }
+#pragma unroll
+            for (int t = 0; t < tiles; t++) {
+                multiply_halves(odd[t], f[t], make_uint2(x.odd, y.odd));
             }
         }
     }
-    float x[MT][2];
 #pragma unroll
     for (int t = 0; t < tiles; t++) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float e = even[t][2 * r] + even[t][2 * r + 1],
                         o = odd[t][2 * r] + odd[t][2 * r + 1];
-            x[t][r] = e - o;
-            x[tiles + t][r] = e + o;
+            s.s[t][r] = e - o;
+            s.s[tiles + t][r] = e + o;
         }
     }
-    scale_scores<MT>(s, x);
 }
 
 /* The weights of a unit: digits as operands, [tiles][(high, middle), (low, -)]. */

@@ -86,18 +86,16 @@ __device__ void add_warps(const Block<H> &b, const fkv_cuda_item &item, const fk
         }
         return;
     }
-    const float *mu = (const float *)c.carriers +
-                      ((size_t)(b.g.a.layer * 2 + 1) * c.n_kv_heads + item.head) * c.dim;
-    const uint8_t *kinds = (const uint8_t *)c.kinds +
-                           ((size_t)(b.g.a.layer * 2 + 1) * c.n_kv_heads + item.head) * c.dim;
+    const float *mu = b.template as<float>(b.at.v_mu);
+    const uint8_t *kinds = b.template as<uint8_t>(b.at.v_kinds);
     for (int i = b.thread; i < padded * H; i += kThreads) {
         const int d = i / H, h = i % H;
         out[h * padded + d] = d < c.dim && kinds[d] != 2 ? b.total()[h] * mu[d] : 0.0f;
     }
-    const fkv_plane *planes = (const fkv_plane *)c.planes;
+    const fkv_plane *planes = b.template as<fkv_plane>(b.at.v_lists);
     __syncthreads();
-    add_planes(b, planes + head.v_planes, head.v_steps * 16, 0);
-    add_planes(b, planes + head.v_exacts, head.v_exact * 16, head.v_steps * 16);
+    add_planes(b, planes, head.v_steps * 16, 0);
+    add_planes(b, planes + head.v_steps * 16, head.v_exact * 16, head.v_steps * 16);
 }
 
 template <int H>
@@ -117,8 +115,16 @@ __device__ void write_output(const Block<H> &b, const fkv_cuda_row &row, const f
     }
 }
 
+/* Parts of outputs come from other blocks, by way of the second-level cache; NEAR: they are in shared memory. */
+template <bool NEAR> __device__ __forceinline__ float part_value(const float *p) {
+    return NEAR ? *p : __ldcg(p);
+}
+template <bool NEAR> __device__ __forceinline__ float4 part_values(const float *p) {
+    return NEAR ? *(const float4 *)p : __ldcg((const float4 *)p);
+}
+
 /* Largest score and sum of the item's heads over all parts; each part's share in `shares` [parts][H]. */
-template <int H>
+template <int H, bool NEAR>
 __device__ void weigh_parts(const Block<H> &b, const fkv_cuda_item &item, const float *parts,
                             int stride, int group, float *shares) {
     for (int h = b.warp; h < H; h += kWarps) {
@@ -126,7 +132,7 @@ __device__ void weigh_parts(const Block<H> &b, const fkv_cuda_item &item, const 
         for (int i = b.lane; i < item.parts; i += 32) {
             float x = kLowest;
             if (h < item.q_count) {
-                x = __ldcg(parts + ((size_t)i * group + h) * stride + b.g.c.dim);
+                x = part_value<NEAR>(parts + ((size_t)i * group + h) * stride + b.g.c.dim);
             }
             shares[i * H + h] = x;
             top = fmaxf(top, x);
@@ -137,8 +143,8 @@ __device__ void weigh_parts(const Block<H> &b, const fkv_cuda_item &item, const 
         for (int i = b.lane; h < item.q_count && i < item.parts; i += 32) {
             const float share = fast_exp2(shares[i * H + h] - top);
             shares[i * H + h] = share;
-            sum =
-                fmaf(__ldcg(parts + ((size_t)i * group + h) * stride + b.g.c.dim + 1), share, sum);
+            sum = fmaf(part_value<NEAR>(parts + ((size_t)i * group + h) * stride + b.g.c.dim + 1),
+                       share, sum);
         }
         for (int i = 16; i; i /= 2) {
             sum += __shfl_xor_sync(~0u, sum, i);
@@ -151,17 +157,16 @@ __device__ void weigh_parts(const Block<H> &b, const fkv_cuda_item &item, const 
     __syncthreads();
 }
 
-/* The parts of one output, in order: each of 4 groups of threads adds every fourth one, four channels at a time. */
-template <int H>
-__device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item) {
+/* The parts of one output, in order: each of 4 groups of threads adds every fourth one, four channels at a time. `sums`
+ * is what is free of the warps' own memory. */
+template <int H, bool NEAR>
+__device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                            const float *parts, float *sums) {
     const fkv_cuda_cache &c = b.g.c;
     const int stride = FKV_CUDA_PARTIAL(c.dim), group = min(c.group, FKV_CUDA_MAX_GROUP);
     const int padded = (c.dim + 15) / 16 * 16, words = c.dim / 4 * item.q_count;
-    const float *parts = (const float *)b.g.a.partials + (size_t)item.slot * group * stride;
-    float *out = b.template as<float>(b.at.out);
-    /* the warps' own memory is free by now */
-    float *sums = (float *)b.of_warp(0), *shares = sums + kMergeGroups * H * padded;
-    weigh_parts(b, item, parts, stride, group, shares);
+    float *out = b.template as<float>(b.at.out), *shares = sums + kMergeGroups * H * padded;
+    weigh_parts<H, NEAR>(b, item, parts, stride, group, shares);
     for (int j = b.thread; j < words * kMergeGroups; j += kThreads) {
         const int which = j % words, part = j / words;
         const int h = which / (c.dim / 4), d = which % (c.dim / 4) * 4;
@@ -169,7 +174,7 @@ __device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fk
         float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
         for (int i = part; i < item.parts; i += kMergeGroups) {
-            const float4 x = __ldcg((const float4 *)(from + (size_t)i * group * stride));
+            const float4 x = part_values<NEAR>(from + (size_t)i * group * stride);
             const float share = shares[i * H + h];
             o.x = fmaf(x.x, share, o.x), o.y = fmaf(x.y, share, o.y);
             o.z = fmaf(x.z, share, o.z), o.w = fmaf(x.w, share, o.w);
@@ -191,9 +196,39 @@ __device__ void merge_parts(const Block<H> &b, const fkv_cuda_row &row, const fk
     }
 }
 
+/* Brings the parts to shared memory in one piece, if they fit, and merges them. merged: how often this block did. */
+template <int H>
+__device__ void merge_output(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                             uint32_t &merged) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int stride = FKV_CUDA_PARTIAL(c.dim), group = min(c.group, FKV_CUDA_MAX_GROUP);
+    const float *parts = (const float *)b.g.a.partials + (size_t)item.slot * group * stride;
+    float *sums = (float *)b.of_warp(0); /* the warps' own memory is free by now */
+#if FKV_BULK
+    const int padded = (c.dim + 15) / 16 * 16;
+    const int own = ((kMergeGroups * padded + item.parts) * H * 4 + 15) / 16 * 16;
+    const int64_t bytes = (int64_t)item.parts * group * stride * 4;
+    if (own + bytes <= b.at.bytes - b.at.warps) {
+        uint64_t *barrier = b.template as<uint64_t>(b.at.barriers) + kWarps * kStages;
+        float *near = (float *)(b.of_warp(0) + own);
+        /* other blocks' writes and this one's of its sums, before the copy engine takes their places */
+        asm volatile("fence.proxy.async;" ::: "memory");
+        __syncthreads();
+        if (!b.thread) {
+            bulk_copy(near, parts, (uint32_t)bytes, barrier);
+        }
+        barrier_wait(barrier, merged & 1);
+        merged++;
+        merge_parts<H, true>(b, row, item, near, sums);
+        return;
+    }
+#endif
+    merge_parts<H, false>(b, row, item, parts, sums);
+}
+
 template <int H>
 __device__ void end_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
-                         unsigned *last) {
+                         unsigned *last, uint32_t &merged) {
     const fkv_cuda_cache &c = b.g.c;
     const int padded = (c.dim + 15) / 16 * 16;
     const float *out = b.template as<float>(b.at.out);
@@ -226,7 +261,7 @@ __device__ void end_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_c
     __syncthreads();
     if (*last) {
         __threadfence();
-        merge_parts(b, row, item);
+        merge_output(b, row, item, merged);
     }
 }
 

@@ -194,28 +194,33 @@ struct Ring {
     uint64_t *barriers;
     const uint64_t *table;
     size_t offset;
-    int first, sink, step, panels; /* page i is number first + i * step of the item */
-    int base;                  /* entry of the item's first page; the sink page comes before it */
-    int chunks, issued, taken; /* of this item */
-    uint32_t before;           /* chunks of earlier items */
+    int panels;
+    int page, sink, step;   /* the next page is number `page` of the item */
+    int base;               /* entry of the item's first page; the sink page comes before it */
+    int each, within;       /* chunks of a page, and of the next one that are under way */
+    int left;               /* chunks that are not under way */
+    uint32_t issued, taken; /* chunks, those of earlier items counted in */
+    const char *at;         /* the page's next chunk */
 
     __device__ __forceinline__ void issue(int lane) {
-        const int each = 2 * panels / kStagePanels; /* chunks of a page */
-        if (issued < chunks && !lane) {
-            const int page = first + issued / each * step;
-            const uint64_t at = table[sink && !page ? 0 : base + page - sink];
-            const uint32_t stage = (before + issued) % kStages;
-            bulk_copy(memory + stage * kStage,
-                      (const char *)at + offset + (size_t)(issued % each) * kStage, kStage,
-                      &barriers[stage]);
+        if (left > 0 && !lane) {
+            if (!within) {
+                at = (const char *)table[sink && !page ? 0 : base + page - sink] + offset;
+                page += step;
+            }
+            const uint32_t stage = issued % kStages;
+            bulk_copy(memory + stage * kStage, at, kStage, &barriers[stage]);
+            at += kStage;
+            within = within + 1 == each ? 0 : within + 1;
         }
+        left--;
         issued++;
     }
     /* Panel i of a page; taken in order, and given back. */
     __device__ __forceinline__ const uint4 *take(int i) const {
-        const uint32_t n = before + taken, stage = n % kStages;
+        const uint32_t stage = taken % kStages;
         if (i % kStagePanels == 0) {
-            barrier_wait(&barriers[stage], n / kStages & 1);
+            barrier_wait(&barriers[stage], taken / kStages & 1);
         }
         return (const uint4 *)(memory + stage * kStage + i % kStagePanels * 2048);
     }
@@ -271,9 +276,61 @@ template <typename T, int H> __device__ void make_factors(const Block<H> &b) {
     }
 }
 
+#if FKV_BULK
+/* The item's pages that hold something the query sees. */
+__device__ __forceinline__ int seen_pages(const Arguments &g, const fkv_cuda_row &row,
+                                          const fkv_cuda_item &item) {
+    const int tiles = (visible_tokens(g, row, item) - g.c.sinks + 63) / 64;
+    return max(0, min(item.count, item.sink + max(0, tiles + 1 - item.first)));
+}
+
+/* The warp's pages of an item, the first of them under way. */
+template <int H>
+__device__ __forceinline__ Ring begin_ring(const Block<H> &b, const fkv_cuda_row &row,
+                                           const fkv_cuda_item &item, uint32_t passed) {
+    const fkv_cuda_cache &c = b.g.c;
+    const int panels = (c.dim + 15) / 16, each = 2 * panels / kStagePanels;
+    const int pages = (seen_pages(b.g, row, item) - b.warp + kWarps - 1) / kWarps;
+    Ring ring = {b.of_warp(b.warp) + b.at.stage,
+                 b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
+                 (const uint64_t *)row.table + b.g.a.layer * row.slots,
+                 (size_t)item.head * panels * 4096,
+                 panels,
+                 b.warp,
+                 item.sink,
+                 kWarps,
+                 item.first,
+                 each,
+                 0,
+                 pages * each,
+                 passed,
+                 passed,
+                 nullptr};
+    for (int i = 0; i < kStages; i++) {
+        ring.issue(b.lane);
+    }
+    return ring;
+}
+
+template <typename T, int H>
+__device__ void ring_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
+                          Running &r, float4 *o, Ring &ring) {
+    const int visible = visible_tokens(b.g, row, item), sinks = b.g.c.sinks;
+    const int column = H == 4 ? b.lane * 2 % 4 : b.lane * 2 % 8;
+    const float f[2] = {b.norm()[column], b.norm()[column + 1]};
+    const Factors<H> *q = b.template as<Factors<H>>(b.at.factors);
+    const int pages = seen_pages(b.g, row, item);
+    for (int i = b.warp; i < pages; i += kWarps) {
+        const int entry = item.first + i - item.sink;
+        const int here = min(visible - sinks - (entry - 1) * 64, 64);
+        ring_page<T, H>(ring, q, f, here, b.lane, r, o);
+    }
+}
+#endif
+
 template <typename T, int H>
 __device__ void exact_item(const Block<H> &b, const fkv_cuda_row &row, const fkv_cuda_item &item,
-                           Running &r, float4 *o, uint32_t &passed) {
+                           Running &r, float4 *o) {
     const fkv_cuda_cache &c = b.g.c;
     const int panels = (c.dim + 15) / 16, visible = visible_tokens(b.g, row, item);
     const uint64_t *table = (const uint64_t *)row.table + b.g.a.layer * row.slots;
@@ -281,41 +338,6 @@ __device__ void exact_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
     const int column = H == 4 ? b.lane * 2 % 4 : b.lane * 2 % 8;
     const float f[2] = {b.norm()[column], b.norm()[column + 1]};
     const Factors<H> *q = b.template as<Factors<H>>(b.at.factors);
-    /* the append in front of this launch may still be under way: tokens from row.base on are its own */
-    const int last = item.first + item.count - item.sink; /* behind the item's last entry */
-    if (b.g.a.follows && (item.sink || c.sinks + (last - 1) * 64 > row.base)) {
-        await_launch();
-    }
-#if FKV_BULK
-    if (!c.coded) {
-        const int tiles = (visible - c.sinks + 63) / 64;
-        const int count = max(0, min(item.count, item.sink + max(0, tiles + 1 - item.first)));
-        const int pages = (count - b.warp + kWarps - 1) / kWarps;
-        Ring ring = {b.of_warp(b.warp) + b.at.stage,
-                     b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
-                     table,
-                     offset,
-                     b.warp,
-                     item.sink,
-                     kWarps,
-                     panels,
-                     item.first,
-                     pages * 2 * panels / kStagePanels,
-                     0,
-                     0,
-                     passed};
-        for (int i = 0; i < kStages; i++) {
-            ring.issue(b.lane);
-        }
-        for (int i = 0; i < pages; i++) {
-            const int entry = item.first + b.warp + i * kWarps - item.sink;
-            const int here = min(visible - c.sinks - (entry - 1) * 64, 64);
-            ring_page<T, H>(ring, q, f, here, b.lane, r, o);
-        }
-        passed += ring.chunks;
-        return;
-    }
-#endif
     for (int i = b.warp; i < item.count; i += kWarps) {
         const int entry = i || !item.sink ? item.first + i - item.sink : 0;
         const int first = entry ? c.sinks + (entry - 1) * 64 : 0;

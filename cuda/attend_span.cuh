@@ -10,7 +10,7 @@
 
 namespace fkv {
 
-/* Starts the copy of what the profile says of the item's K: carriers, kinds and planes of its channels. */
+/* Starts the copy of what the profile says of the item's K and V: carriers, kinds and planes of their channels. */
 template <int H>
 __device__ void fetch_profile(const Block<H> &b, const fkv_cuda_item &item,
                               const fkv_cuda_head &head) {
@@ -28,17 +28,14 @@ __device__ void fetch_profile(const Block<H> &b, const fkv_cuda_item &item,
     copy(b.at.lists, (const char *)(planes + head.k_planes), head.k_steps * 16 * size);
     copy(b.at.lists + b.g.k_planes * size, (const char *)(planes + head.k_exacts),
          head.k_exact * 16 * size);
-    copies_commit();
     /* what the end of the item will need of V */
     const size_t values = first + (size_t)c.n_kv_heads * c.dim;
-    const auto touch = [&](const char *from, int bytes, int warp) {
-        if (b.warp == warp && b.lane * 128 < bytes) {
-            prefetch(from + b.lane * 128);
-        }
-    };
-    touch((const char *)((const float *)c.carriers + values), c.dim * 4, 0);
-    touch((const char *)c.kinds + values, c.dim, 1);
-    touch((const char *)(planes + head.v_planes), head.v_steps * 16 * size, 2);
+    copy(b.at.v_mu, (const char *)((const float *)c.carriers + values), c.dim * 4);
+    copy(b.at.v_kinds, (const char *)c.kinds + values, c.dim);
+    copy(b.at.v_lists, (const char *)(planes + head.v_planes), head.v_steps * 16 * size);
+    copy(b.at.v_lists + head.v_steps * 16 * size, (const char *)(planes + head.v_exacts),
+         head.v_exact * 16 * size);
+    copies_commit();
 }
 
 /* Queries times carriers: [pairs][H] (a, b), and what does not turn. */
@@ -136,13 +133,14 @@ template <int H> struct Span {
 /* cos and sin of the pairs' angles: at the span's start, or at its middle for slow pairs. */
 template <int H> __device__ void turn_phases(const Block<H> &b, const Span<H> &s, int span) {
     const fkv_cuda_cache &c = b.g.c;
+    const double *inv_freq =
+        b.g.near ? b.template as<double>(b.at.inv_freq) : (const double *)c.inv_freq;
     const double start = (double)c.sinks + (double)span * (FKV_SPAN * c.unit);
     const double middle = start + 0.5 * (FKV_SPAN * c.unit - 1);
     for (int j = b.lane; j < padded_pairs(c); j += 32) {
         float x = 0.0f, y = 1.0f;
         if (j < c.rope_dim / 2) {
-            const double z = (j < c.fast ? start : middle) * ((const double *)c.inv_freq)[j] *
-                             0.15915494309189533577;
+            const double z = (j < c.fast ? start : middle) * inv_freq[j] * 0.15915494309189533577;
             sincospif(2.0f * (float)(z - rint(z)), &x, &y);
         }
         s.phases[j] = make_float2(y, x);
@@ -177,6 +175,7 @@ template <int H> __device__ void turn_fast(const Block<H> &b, const Span<H> &s) 
 template <int H> __device__ void turn_slow(const Block<H> &b, const Span<H> &s) {
     const fkv_cuda_cache &c = b.g.c;
     const float2 *w = b.template as<float2>(b.at.pairs);
+    const uint4 *project = b.g.near ? b.template as<uint4>(b.at.project) : (const uint4 *)c.project;
     const uint32_t cut = cut_of(b.lane);
     const int k = b.lane % 4;
     for (int quad = 0; quad < H / 4; quad++) {
@@ -189,9 +188,9 @@ template <int H> __device__ void turn_slow(const Block<H> &b, const Span<H> &s) 
         float acc[4] = {};
         for (int i = c.fast; i < padded_pairs(c); i += 8) {
             const uint2 f = make_uint2(factor(i + k), factor(i + k + 4));
-            const uint4 *a = (const uint4 *)c.project + (i - c.fast) * 8 + b.lane;
-            multiply_halves(acc, __ldg(a), f);
-            multiply_halves(acc, __ldg(a + 32), f);
+            const uint4 *a = project + (i - c.fast) * 8 + b.lane;
+            multiply_halves(acc, a[0], f);
+            multiply_halves(acc, a[32], f);
         }
         float *to = s.slow + quad * 4 + k;
         to[b.lane / 4 * H] = acc[0] + acc[1];
@@ -278,16 +277,19 @@ __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, cons
                                          int here, CodedRunning (&r)[H / 4]) {
     const char *k = Staged || belt.k_staged ? belt.memory : belt.at;
     const char *v = (Staged ? belt.memory : belt.at) + belt.k_bytes;
-    if (Staged || belt.k_staged) {
-        belt.wait(0, !Staged);
-    }
 #pragma unroll
     for (int quad = 0; quad < H / 4; quad++) {
         const CodedView view = view_of(quad);
         float2 *o = (float2 *)b.of_warp(b.warp) + quad * b.g.coded_tiles * 32;
-        Scores<MT> s;
+        Scores<MT> s = {};
         uint32_t x[MT][2];
         Weights<MT> w;
+        if (view.head.carried) {
+            score_carriers<MT, H>(view, unit % FKV_SPAN, b.lane, s);
+        }
+        if (!quad && (Staged || belt.k_staged)) {
+            belt.wait(0, !Staged);
+        }
         score_codes<T, MT, H>(k, view, digits, b.lane, s);
         if (view.head.k_exact) {
             score_exact<MT>(k, view, b.lane, s);
@@ -302,12 +304,6 @@ __device__ __forceinline__ void one_unit(const Block<H> &b, Conveyor &belt, cons
             if (!Staged) {
                 belt.announce(next, 1);
             }
-        }
-        if (view.head.carried) {
-            score_carriers<MT, H>(view, unit % FKV_SPAN, b.lane, s);
-        } else {
-            const float none[MT][2] = {};
-            scale_scores<MT>(s, none);
         }
         soften_unit<MT>(s.s, view, s.add, here, b.lane, r[quad], w, x);
         if (Staged && !quad) {
@@ -331,8 +327,7 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
                            const fkv_cuda_head &head, CodedRunning (&r)[H / 4], uint32_t &passed) {
     const fkv_cuda_cache &c = b.g.c;
     const uint64_t *table = (const uint64_t *)row.table + b.g.a.layer * row.slots + 1;
-    const int tiles = c.units_per_block * c.unit / 64,
-              unit_bytes = ((const int *)c.unit_bytes)[b.g.a.layer];
+    const int tiles = c.units_per_block * c.unit / 64;
     const int visible = visible_tokens(b.g, row, item) - c.sinks;
     const int count = min(item.count, (visible + c.unit - 1) / c.unit - item.first);
     const int first = item.first + count * b.warp / kWarps;
@@ -342,7 +337,7 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
                  first % c.units_per_block,
                  tiles,
                  c.units_per_block,
-                 unit_bytes,
+                 head.unit_bytes,
                  head.offset};
     Conveyor belt = {b.of_warp(b.warp) + b.at.stage,
                      b.template as<uint64_t>(b.at.barriers) + b.warp * kStages,
@@ -353,6 +348,7 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
                      passed,
                      walk.next()};
     const char *next = walk.next(); /* addresses early: tables are far away */
+    const EarlyQuery<H> early = begin_query(b, row, item); /* as are the queries */
     if (Staged || belt.k_staged) {
         belt.issue(belt.at, 0);
     }
@@ -362,7 +358,7 @@ __device__ void coded_item(const Block<H> &b, const fkv_cuda_row &row, const fkv
         belt.announce(belt.at, 1);
     }
     fetch_profile(b, item, head);
-    load_query(b, row, item, Queries<T>::top);
+    load_query(b, row, item, Queries<T>::top, early);
     copies_wait(false);
     __syncthreads();
     weigh_carriers(b);

@@ -94,18 +94,20 @@ __device__ __forceinline__ void barrier_init(uint64_t *barrier) {
                  : "memory");
 }
 
-/* One thread: `bytes` from p to shared memory; the barrier's phase ends when they are there. */
+/* One thread: `bytes` from p to shared memory; the barrier's phase ends when they are there. What is read once leaves
+ * the second-level cache first, so that what every launch needs stays there. */
 __device__ __forceinline__ void bulk_copy(void *to, const void *p, uint32_t bytes,
                                           uint64_t *barrier) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
         "r"(bytes)
         : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(to)),
-        "l"(p), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(p), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+                 : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -119,6 +121,16 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity)
                  : "memory");
 }
 #endif
+
+/* 16 bytes of shared memory. Not moved behind the instructions that follow, as compilers do to save registers: so
+ * several loads are under way at once. */
+__device__ __forceinline__ uint4 load_now(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address));
+    return v;
+}
 
 template <typename T> struct Element;
 
@@ -202,8 +214,9 @@ __device__ __forceinline__ float load_element(const char *row, int dtype, int d)
     if (dtype == FKV_F32) {
         return ((const float *)row)[d];
     }
-    uint16_t bits = ((const uint16_t *)row)[d];
-    return dtype == FKV_F16 ? Element<__half>::value(bits) : Element<__nv_bfloat16>::value(bits);
+    const uint16_t bits = ((const uint16_t *)row)[d];
+    const float half = Element<__half>::value(bits), other = Element<__nv_bfloat16>::value(bits);
+    return dtype == FKV_F16 ? half : other; /* no branch, so that loads can go ahead */
 }
 
 __device__ __forceinline__ void store_element(char *row, int dtype, int d, float x) {
@@ -299,5 +312,15 @@ cudaError_t fkv_cuda_seal_launch(const fkv_cuda_cache &c, const fkv_cuda_attend 
 cudaError_t fkv_cuda_read_launch(const fkv_cuda_cache &c, uint64_t table, int64_t slots, int layer,
                                  int part, int64_t coded, int64_t first, int64_t count,
                                  const fkv_cuda_view &out, cudaStream_t stream);
+/* Of Fourier caches. */
+cudaError_t fkv_cuda_fourier_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a,
+                                    cudaStream_t stream);
+cudaError_t fkv_cuda_fold_launch(const fkv_cuda_cache &c, const fkv_cuda_attend &a, uint64_t seals,
+                                 int n_seals, uint64_t folds, int n_folds, int most_bins,
+                                 cudaStream_t stream);
+cudaError_t fkv_cuda_read_fourier_launch(const fkv_cuda_cache &c, const fkv_cuda_row &row,
+                                         int layer, int part, int coded_rows, int64_t coded,
+                                         int64_t first, int64_t count, const fkv_cuda_view &out,
+                                         cudaStream_t stream);
 
 #endif /* FKV_CUDA_COMMON_CUH */

@@ -121,6 +121,20 @@ int synchronize(int device, void *stream) {
     return on(device, [&] { return cudaStreamSynchronize((cudaStream_t)stream); });
 }
 
+int stream_device(void *stream, int *device) {
+#if CUDART_VERSION >= 12080
+    const cudaError_t e = cudaStreamGetDevice((cudaStream_t)stream, device);
+    if (e != cudaSuccess) {
+        cudaGetLastError();
+    }
+    return (int)e;
+#else
+    (void)stream;
+    *device = -1; /* not known */
+    return 0;
+#endif
+}
+
 int capturing(int device, void *stream, int *yes) {
     return on(device, [&] {
         cudaStreamCaptureStatus status;
@@ -177,7 +191,10 @@ int append(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, const 
 }
 
 int attend(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, void *stream) {
-    return on(device, [&] { return fkv_cuda_attend_launch(*c, *a, (cudaStream_t)stream); });
+    return on(device, [&] {
+        return c->coded == FKV_CUDA_FOURIER ? fkv_cuda_fourier_launch(*c, *a, (cudaStream_t)stream)
+                                            : fkv_cuda_attend_launch(*c, *a, (cudaStream_t)stream);
+    });
 }
 
 int seal(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, uint64_t seals, int count,
@@ -194,6 +211,23 @@ int read(int device, const fkv_cuda_cache *c, uint64_t table, int64_t slots, int
     });
 }
 
+int fold(int device, const fkv_cuda_cache *c, const fkv_cuda_attend *a, uint64_t seals, int n_seals,
+         uint64_t folds, int n_folds, int most_bins, void *stream) {
+    return on(device, [&] {
+        return fkv_cuda_fold_launch(*c, *a, seals, n_seals, folds, n_folds, most_bins,
+                                    (cudaStream_t)stream);
+    });
+}
+
+int read_fourier(int device, const fkv_cuda_cache *c, const fkv_cuda_row *row, int layer, int part,
+                 int coded_rows, int64_t coded, int64_t first, int64_t count,
+                 const fkv_cuda_view *out, void *stream) {
+    return on(device, [&] {
+        return fkv_cuda_read_fourier_launch(*c, *row, layer, part, coded_rows, coded, first, count,
+                                            *out, (cudaStream_t)stream);
+    });
+}
+
 const fkv_cuda_ops table = {
     sizeof(fkv_cuda_ops),
     FKV_MODULE_ABI,
@@ -207,6 +241,7 @@ const fkv_cuda_ops table = {
     upload,
     copy,
     synchronize,
+    stream_device,
     capturing,
     owns,
     event_create,
@@ -219,6 +254,8 @@ const fkv_cuda_ops table = {
     attend,
     seal,
     read,
+    fold,
+    read_fourier,
 };
 
 } // namespace

@@ -30,7 +30,15 @@
  *                  V, a panel: words [lane][unit / 64][h], s = word / 2, h = word % 2:
  *                    plane g + 8 (p % 2), token 2 t + b / 2 + 8 (b % 2) of tile 2 (s + p / 2 * unit / 64) + h
  *   table        of a sequence, uint64_t [layers][slots]: the sink page, then for each tile of the body its exact
- *                page, or at the first tile of a block the block
+ *                page, or at the first tile of a block the block, or of a coded tile its kept channels
+ *
+ * Fourier caches:
+ *   kept page    for each KV head the kept channels of K, then of V, of a tile, as panels of 16 channels: fragments
+ *                [64 / 16] as in exact pages. A last panel of up to 8 channels is half as long: lanes have 8 bytes of
+ *                each fragment, registers 0 and 1 in K, 0 and 2 in V
+ *   segment      coefficients [coded rows of the layer][stride] in their type, at the next multiple of 16 bytes
+ *                float ones[stride], then struct fkv_cuda_state [coded rows]
+ *   table        of segments, uint64_t [layers][segment_slots]
  */
 #ifndef FKV_BACKEND_CUDA_H
 #define FKV_BACKEND_CUDA_H
@@ -38,7 +46,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FKV_MODULE_ABI 2u
+#define FKV_MODULE_ABI 3u
 #define FKV_MODULE_ENTRY "fkv_cuda_module"
 #define FKV_SPAN 8            /* units that share the carriers' weights */
 #define FKV_CUDA_CHEBYSHEV 16 /* polynomials for the slow pairs of a span */
@@ -53,6 +61,13 @@ struct fkv_plane {
     int16_t index; /* 0: the lowest two bits */
 };
 
+/* A channel that has codes, for coding: its carrier is u cos + w sin of the angle of a pair. */
+struct fkv_cuda_channel {
+    int16_t number, first; /* first: its first plane in its part */
+    int16_t pair, bits;    /* pair: rope_dim / 2 for those that do not turn */
+    float u, w;
+};
+
 /* One KV head of one layer. */
 struct fkv_cuda_head {
     int32_t k_steps, v_steps, k_exact, v_exact; /* panels */
@@ -60,6 +75,48 @@ struct fkv_cuda_head {
     int32_t k_planes, v_planes;                 /* first entries in the cache's list of planes; */
     int32_t k_exacts, v_exacts;                 /* and of exact channels */
     int32_t carried;                            /* K has carriers */
+    int32_t k_channels, v_channels;             /* that have codes */
+    int32_t unit_bytes;                         /* of the layer: all heads of a unit */
+};
+
+/* Values of fkv_cuda_cache.coded */
+#define FKV_CUDA_EXACT 0
+#define FKV_CUDA_CALIBRATED 1
+#define FKV_CUDA_FOURIER 2
+
+/* One KV head of one layer of a Fourier cache; K and V. */
+struct fkv_cuda_split {
+    int32_t kept[2], coded[2]; /* channels */
+    int32_t eighths[2];        /* kept ones, in eights */
+    int32_t offset, bytes;     /* in a kept page */
+    int32_t
+        list[2]; /* first entry of its channels in the cache's list: kept ones, then coded ones */
+    int32_t row[2]; /* first coefficient row in a segment */
+};
+
+/* One coded channel in a segment; see struct fkv_channel_state. */
+struct fkv_cuda_state {
+    double sum;
+    float reference, beta, offset, padding;
+};
+
+/* Tables of a period; at the start of its buffer on the device. See codec/spectrum.h: everything is as there but
+ * the transforms, whose length is a power of two and whose results are in bit-reversed order. */
+struct fkv_cuda_spectrum {
+    int64_t period;
+    int32_t bins, padded, stride, per_segment; /* per_segment: tiles */
+    int32_t cell, grid;
+    int32_t points, rows; /* grid points that a tile touches; room for them, a multiple of 8 */
+    int32_t log_fft, direct;
+    uint64_t panel;    /* float [64][stride] */
+    uint64_t weight;   /* float [stride] */
+    uint64_t pre;      /* float2 [bins] */
+    uint64_t post;     /* float2 [grid], unless direct */
+    uint64_t kernel;   /* float2 [fft], bit-reversed, unless direct */
+    uint64_t twiddles; /* float2 [fft / 2]: e^(-2 pi i k / fft) */
+    uint64_t
+        taps; /* fragments [(points + 15) / 16][4][2], f16: (token, point), high and low parts */
+    uint64_t spread; /* the same, (point, token), in the storage type */
 };
 
 /* Geometry and tables of a cache; constant. Addresses are of the device. */
@@ -75,11 +132,16 @@ struct fkv_cuda_cache {
     int32_t most_bytes;                   /* of a head's unit */
     float scale;                          /* softmax scale */
     double rope_scaling;
-    uint64_t inv_freq;   /* double [rope_dim / 2] */
-    uint64_t heads;      /* struct fkv_cuda_head [layers][Hk] */
-    uint64_t planes;     /* struct fkv_plane [] */
-    uint64_t unit_bytes; /* int32_t [layers] */
-    uint64_t carriers;   /* float [layers][2][Hk][D] */
+    int32_t coefficients, padding; /* fkv_dtype_code of Fourier coefficients */
+    uint64_t splits;               /* struct fkv_cuda_split [layers][Hk] */
+    uint64_t channels;             /* uint16_t [], see fkv_cuda_split.list */
+    uint64_t inv_freq;             /* double [rope_dim / 2] */
+    uint64_t heads;                /* struct fkv_cuda_head [layers][Hk] */
+    uint64_t planes;               /* struct fkv_plane [] */
+    uint64_t unit_bytes;           /* int32_t [layers] */
+    uint64_t carriers;             /* float [layers][2][Hk][D] */
+    uint64_t
+        coded_channels; /* struct fkv_cuda_channel [layers][2][Hk][D]: those with codes first, as their planes */
     uint64_t kinds; /* uint8_t [layers][2][Hk][D]: 1 for channels of 3 bits, 2 for exact ones */
     uint64_t
         basis; /* fragments [2][fast / 16 + 1][unit / 32][2], f16: functions of the distance j + 1/2 from the
@@ -101,7 +163,8 @@ struct fkv_cuda_row {
     int64_t slots;
     int32_t base, n_new, offset;     /* as struct fkv_row */
     int32_t rope_first, rope_offset; /* token of its first entry in the rope table; where that is */
-    int32_t padding;
+    int32_t segment_slots;           /* Fourier caches: */
+    uint64_t segments, spectrum;
 };
 
 /* A piece of work: one query token, one KV head (or some of its query heads), a range of what it sees. */
@@ -114,7 +177,29 @@ struct fkv_cuda_item {
     int32_t output;      /* number of the output: its first partial is at `slot` */
     int32_t slot;
     int32_t sink; /* 1: the range begins with the sink page, and `first` is the entry behind it */
+    int32_t wave; /* Fourier caches: the wave of the query's first segment */
+};
+
+/* Fourier caches: a query token and a segment that it sees. Its tiles' masses are float [Hq][per_segment][rows] from
+ * `mass` on, their largest scores float [Hq][per_segment] from `maxima` on. */
+struct fkv_cuda_wave {
+    int32_t row, query, segment, tiles;
+    int64_t mass, maxima;
+};
+
+/* Fourier caches: what becomes of the items and waves of one query token and KV head. */
+struct fkv_cuda_output {
+    int32_t row, query, head, q_first, q_count;
+    int32_t slot, parts; /* partial results of items */
+    int32_t wave, waves;
     int32_t padding;
+};
+
+/* Tiles that are folded into a segment. */
+struct fkv_cuda_fold {
+    uint64_t segment;
+    int32_t row, tile;    /* first tile of the body */
+    int32_t local, count; /* its number in the segment, and how many */
 };
 
 /* What a step's kernels read; at the start of the plan's buffer on the device. */
@@ -154,6 +239,17 @@ struct fkv_cuda_attend {
     int32_t longest, n_rows; /* append: new tokens of a sequence at most, if that is many; else 0 */
     int32_t follows;         /* attention: the launch before it is the append of the same tokens */
     struct fkv_cuda_view q, out, lse;
+    /* Fourier caches. Behind n_items: the numbers of waves and of outputs. */
+    uint64_t waves, outputs;
+    uint64_t spectra; /* float [waves][Hq][spectrum_stride] */
+    uint64_t grids;   /* float [waves][Hq][grid_stride] */
+    uint64_t stats; /* float [waves][Hq][4]: unit of the grid; largest score, sum, sum over ones */
+    uint64_t mass, maxima; /* see struct fkv_cuda_wave */
+    int64_t spectrum_stride, grid_stride;
+    int32_t n_waves, n_outputs; /* as many as a replay may have */
+    int32_t coded_rows;         /* of the layer */
+    int32_t log_fft, tiles;     /* longest transform, most tiles of a wave */
+    int32_t padding;
 };
 
 struct fkv_cuda_info {
@@ -175,6 +271,7 @@ struct fkv_cuda_ops {
     int (*upload)(int device, uint64_t to, const void *from, size_t bytes, void *stream);
     int (*copy)(int device, uint64_t to, uint64_t from, size_t bytes, void *stream);
     int (*synchronize)(int device, void *stream);
+    int (*stream_device)(void *stream, int *device);
     int (*capturing)(int device, void *stream, int *yes);
     /* whether memory is the device's: 1; another's: 0 */
     int (*owns)(int device, uint64_t address, int *yes);
@@ -199,13 +296,20 @@ struct fkv_cuda_ops {
     int (*read)(int device, const struct fkv_cuda_cache *c, uint64_t table, int64_t slots,
                 int layer, int part, int64_t coded, int64_t first, int64_t count,
                 const struct fkv_cuda_view *out, void *stream);
+    /* Fourier caches: copies kept channels (struct fkv_cuda_seal, block is the kept page), folds the others */
+    int (*fold)(int device, const struct fkv_cuda_cache *c, const struct fkv_cuda_attend *a,
+                uint64_t seals, int n_seals, uint64_t folds, int n_folds, int most_bins,
+                void *stream);
+    int (*read_fourier)(int device, const struct fkv_cuda_cache *c, const struct fkv_cuda_row *row,
+                        int layer, int part, int coded_rows, int64_t coded, int64_t first,
+                        int64_t count, const struct fkv_cuda_view *out, void *stream);
 };
 
 /* FKV_MODULE_ABI and, as a guard against builds of different days, the size of what is passed. */
 #define FKV_MODULE_HANDSHAKE                                                                       \
     (FKV_MODULE_ABI * 16777216u + (uint32_t)sizeof(struct fkv_cuda_cache) * 4096u +                \
      (uint32_t)(sizeof(struct fkv_cuda_attend) + sizeof(struct fkv_cuda_item) * 7 +                \
-                sizeof(struct fkv_cuda_head) * 3))
+                sizeof(struct fkv_cuda_head) * 3 + sizeof(struct fkv_cuda_row)))
 
 /* The module's only symbol. */
 typedef const struct fkv_cuda_ops *(*fkv_cuda_module_fn)(uint32_t handshake, const char *version);

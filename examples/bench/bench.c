@@ -19,7 +19,7 @@ struct options {
     fkv_dtype storage;
     fkv_cpu_level cpu_level;
     uint64_t seed;
-    bool json, check, select, index, cuda, tokens_given;
+    bool json, check, select, index, cuda, tokens_given, profile_given;
 };
 
 static const char usage[] =
@@ -46,8 +46,9 @@ static const char usage[] =
     "  --cpu best|reference|avx2|avx512\n"
     "                         instruction set (default best)\n"
     "  --backend cpu|cuda     where to run (default cpu). cuda: a decode step on a GPU, exact and\n"
-    "                         calibrated; only --tokens, --batch and --json apply, and without\n"
-    "                         --tokens a list of shapes is run\n"
+    "                         calibrated, or fourier:SHARE[:BINS] or FILE; only --profile,\n"
+    "                         --tokens, --batch and --json apply, and without --tokens a list\n"
+    "                         of shapes is run\n"
     "  --repeats N            timed calls of each (default 51, for append 5)\n"
     "  --seed N               of the random keys, values and queries (default 1)\n"
     "  --no-check             do not compare outputs with float64 (which takes long for\n"
@@ -188,7 +189,7 @@ static struct options parse(int argc, char **argv) {
             usage_error("%s: an unknown option, or its value is missing", name);
         i++;
         if (!strcmp(name, "--profile"))
-            o.profile = value;
+            o.profile = value, o.profile_given = true;
         else if (!set_shape(&o, name, value) && !set_word(&o, name, value) &&
                  !set_number(&o, name, value))
             usage_error("unknown option %s", name);
@@ -443,7 +444,8 @@ static void print_table(const struct options *o, const fkv_context_info *info, d
 int main(int argc, char **argv) {
     struct options o = parse(argc, argv);
     if (o.cuda)
-        return bench_cuda(o.json, o.batch, o.tokens_given ? o.tokens : 0);
+        return bench_cuda(o.json, o.batch, o.tokens_given ? o.tokens : 0,
+                          o.profile_given ? o.profile : NULL);
     struct bench_random r = {o.seed};
     struct bench_model models[2];
     struct bench_variant v[2];

@@ -109,7 +109,8 @@ void bench_variant_check(struct bench_variant *variant, int set, struct bench_ra
 
 /* ---- cuda.c */
 
-/* All shapes, or one if tokens is not 0. The program's exit status. */
-int bench_cuda(bool json, int batch, int64_t tokens);
+/* All shapes, or one if tokens is not 0. profile: of the coded side, "fourier:SHARE[:BINS]" or a file; NULL: a
+ * calibrated one. The program's exit status. */
+int bench_cuda(bool json, int batch, int64_t tokens, const char *profile);
 
 #endif /* FKV_BENCH_H */

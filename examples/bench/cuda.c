@@ -15,11 +15,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { HQ = 32, HK = 8, DIM = 128, REPEATS = 21, CHUNK = 4096 };
+enum { HQ = 32, HK = 8, DIM = 128, REPEATS = 21, CHUNK = 4096, LONG_CHUNK = 32768 };
+
+enum kind { EXACT, CALIBRATED, FOURIER, FROM_FILE };
 
 struct side {
     const char *name;
-    bool coded;
+    enum kind kind;
     fkv_profile *profile;
     fkv_cache *cache;
     fkv_plan *plan;
@@ -43,6 +45,9 @@ struct world {
     int layers;
     struct bench_random random;
     void *k, *v, *q, *out;
+    const char *profile; /* of the second side; NULL: calibrated */
+    double share;        /* fourier:SHARE:BINS */
+    int bins;
 };
 
 /* A profile like those that calibration gives for 12 times fewer bytes: most channels by their carrier alone, some
@@ -53,6 +58,32 @@ static void choose_bits(struct world *w, uint8_t *bits, size_t n) {
         const double x = (double)(bench_random_next(&w->random) >> 11) * 0x1p-53;
         bits[i] = x < 0.08 + tilt * 0.4 ? 4 : x < 0.44 + tilt ? 2 : 0;
     }
+}
+
+/* Every layer with its own channels, unevenly spread over the heads. */
+static void make_fourier(struct world *w, const fkv_model_params *model, struct side *s) {
+    const size_t n = (size_t)HK * DIM;
+    uint8_t *masks[2] = {bench_alloc((size_t)w->layers * n, 1),
+                         bench_alloc((size_t)w->layers * n, 1)};
+    fkv_fourier_params f;
+    for (int l = 0; l < w->layers; l++) {
+        struct bench_model one;
+        bench_model_init(&one, HQ, HK, DIM, 500000);
+        bench_model_code(&one, w->share, &w->random);
+        for (int part = 0; part < 2; part++) {
+            memcpy(masks[part] + (size_t)l * n, one.mask[part], n);
+        }
+        bench_model_free(&one);
+    }
+    fkv_fourier_params_init(&f, sizeof f);
+    f.storage_dtype = FKV_DTYPE_BF16;
+    f.bins = w->bins;
+    bench_check(w->ctx,
+                fkv_profile_create_fourier(w->ctx, model, &f, masks[0], masks[1],
+                                           (size_t)w->layers * n, &s->profile),
+                "profile");
+    free(masks[0]);
+    free(masks[1]);
 }
 
 static void make_profile(struct world *w, struct side *s) {
@@ -70,9 +101,17 @@ static void make_profile(struct world *w, struct side *s) {
     model.rope_layout = FKV_ROPE_HALF_SPLIT;
     model.inv_freq = inv_freq;
     model.inv_freq_count = DIM / 2;
-    if (!s->coded) {
+    if (s->kind == EXACT) {
         bench_check(w->ctx, fkv_profile_create_exact(w->ctx, &model, FKV_DTYPE_BF16, &s->profile),
                     "profile");
+        return;
+    }
+    if (s->kind == FROM_FILE) {
+        bench_check(w->ctx, fkv_profile_load_file(w->ctx, w->profile, &s->profile), "profile");
+        return;
+    }
+    if (s->kind == FOURIER) {
+        make_fourier(w, &model, s);
         return;
     }
     fkv_codec_params codec;
@@ -114,13 +153,15 @@ static void update(struct world *w, struct side *s, int first, int count, int64_
     bench_check(w->ctx, fkv_plan_update(s->plan, &batch), "plan");
 }
 
-/* All tokens of all sequences, some thousand at a time; timed on the device. */
+/* All tokens of all sequences, some thousand at a time; timed on the device. Long sequences come in long pieces, so
+ * that the device is busy with each. */
 static void fill_side(struct world *w, struct side *s) {
+    const int64_t chunk = w->shape.tokens < 4 * LONG_CHUNK ? CHUNK : LONG_CHUNK;
     double seconds = 0.0;
     int64_t timed = 0;
     for (int b = 0; b < w->shape.batch; b++) {
-        for (int64_t done = 0; done < w->shape.tokens; done += CHUNK) {
-            const int64_t n = w->shape.tokens - done < CHUNK ? w->shape.tokens - done : CHUNK;
+        for (int64_t done = 0; done < w->shape.tokens; done += chunk) {
+            const int64_t n = w->shape.tokens - done < chunk ? w->shape.tokens - done : chunk;
             const fkv_tensor k = tensor(w->k, n, HK), v = tensor(w->v, n, HK);
             update(w, s, b, 1, n);
             gpu_event_record(w->first, w->stream);
@@ -129,7 +170,7 @@ static void fill_side(struct world *w, struct side *s) {
             }
             gpu_event_record(w->second, w->stream);
             const double t = gpu_event_seconds(w->first, w->second);
-            if (done > 2 * CHUNK) {
+            if (done > 2 * CHUNK) { /* the first code little */
                 seconds += t;
                 timed += n * w->layers;
             }
@@ -138,24 +179,28 @@ static void fill_side(struct world *w, struct side *s) {
     s->append_seconds = timed ? seconds / (double)timed : 0.0;
 }
 
-static void open_side(struct world *w, struct side *s, const char *name, bool coded) {
+static void open_side(struct world *w, struct side *s, const char *name, enum kind kind) {
+    fkv_sequence_params p;
     memset(s, 0, sizeof *s);
     s->name = name;
-    s->coded = coded;
+    s->kind = kind;
+    fkv_sequence_params_init(&p, sizeof p);
+    p.period = kind >= FOURIER ? w->shape.tokens : 0;
     make_profile(w, s);
     bench_check(w->ctx, fkv_cache_create(w->ctx, s->profile, NULL, &s->cache), "cache");
     bench_check(w->ctx, fkv_plan_create(s->cache, &s->plan), "plan");
     s->sequences = bench_alloc((size_t)w->shape.batch, sizeof *s->sequences);
     s->n_new = bench_alloc((size_t)w->shape.batch, sizeof *s->n_new);
     for (int b = 0; b < w->shape.batch; b++) {
-        bench_check(w->ctx, fkv_sequence_create(s->cache, NULL, &s->sequences[b]), "sequence");
+        bench_check(w->ctx, fkv_sequence_create(s->cache, &p, &s->sequences[b]), "sequence");
     }
     fill_side(w, s);
     for (int b = 0; b < w->shape.batch; b++) {
         fkv_stats stats = {.struct_size = sizeof stats};
         bench_check(w->ctx, fkv_cache_stats(s->cache, s->sequences[b], &stats), "statistics");
-        s->bytes +=
-            (double)(stats.bytes_exact + stats.bytes_blocks + stats.bytes_scales) / w->layers;
+        s->bytes += (double)(stats.bytes_exact + stats.bytes_blocks + stats.bytes_scales +
+                             stats.bytes_kept + stats.bytes_coefficients) /
+                    w->layers;
     }
     update(w, s, 0, w->shape.batch, 1);
     const fkv_tensor q = tensor(w->q, w->shape.batch, HQ), out = tensor(w->out, w->shape.batch, HQ);
@@ -298,6 +343,20 @@ static void check_side(struct world *w, struct side *s) {
     free(host[1]);
 }
 
+/* Of the profile's file, which must be of the bench's model. */
+static int layers_of(struct world *w) {
+    fkv_profile *profile;
+    fkv_profile_info info = {.struct_size = sizeof info};
+    bench_check(w->ctx, fkv_profile_load_file(w->ctx, w->profile, &profile), "profile");
+    bench_check(w->ctx, fkv_profile_query(profile, &info), "profile");
+    if (info.n_q_heads != HQ || info.n_kv_heads != HK || info.head_dim != DIM) {
+        bench_fail("%s is not of %d query heads, %d KV heads and dimension %d", w->profile, HQ, HK,
+                   DIM);
+    }
+    fkv_profile_destroy(profile);
+    return info.n_layers;
+}
+
 static void run_shape(struct world *w, const struct shape *shape, bool json) {
     struct side sides[2];
     const double dense = (double)shape->batch * (double)shape->tokens * HK * DIM * 4;
@@ -305,8 +364,16 @@ static void run_shape(struct world *w, const struct shape *shape, bool json) {
     /* the coded side alone should be 4 times the cache, within what the memory holds of the dense one */
     w->layers = (int)fmin(64, ceil(300e6 / (dense / 12)));
     w->layers = (int)fmax(1, fmin(w->layers, 80e9 / dense));
-    open_side(w, &sides[0], "exact bf16", false);
-    open_side(w, &sides[1], "calibrated 12x", true);
+    const char *name = "calibrated 12x";
+    enum kind kind = CALIBRATED;
+    if (w->profile) {
+        const char *file = strrchr(w->profile, '/');
+        kind = w->share >= 0.0 ? FOURIER : FROM_FILE;
+        name = file ? file + 1 : w->profile;
+        w->layers = kind == FROM_FILE ? layers_of(w) : w->layers;
+    }
+    open_side(w, &sides[0], "exact bf16", EXACT);
+    open_side(w, &sides[1], name, kind);
     time_sides(w, sides, 2);
     const double reference = median(sides[0].seconds);
     print_side(w, &sides[0], reference, json);
@@ -333,7 +400,22 @@ static void fill_bf16(struct world *w, void *to, size_t n) {
     free(y);
 }
 
-int bench_cuda(bool json, int batch, int64_t tokens) {
+/* "fourier:SHARE[:BINS]", or a file's name. */
+static void parse_profile(struct world *w, const char *profile) {
+    w->profile = profile;
+    w->share = -1.0;
+    w->bins = 512;
+    if (profile && !strncmp(profile, "fourier:", 8)) {
+        char *end;
+        w->share = strtod(profile + 8, &end);
+        w->bins = *end == ':' ? (int)strtol(end + 1, &end, 10) : 512;
+        if (*end || !(w->share >= 0.0 && w->share <= 1.0) || w->bins < 1) {
+            bench_fail("--profile %s: fourier:SHARE[:BINS]", profile);
+        }
+    }
+}
+
+int bench_cuda(bool json, int batch, int64_t tokens, const char *profile) {
     static const struct shape all[] = {{1, 8192},    {1, 32768},  {1, 131072},
                                        {1, 1048576}, {16, 32768}, {8, 131072}};
     const struct shape one = {batch, tokens};
@@ -341,6 +423,7 @@ int bench_cuda(bool json, int batch, int64_t tokens) {
     fkv_context_params p;
     char message[512] = "";
     const char *why;
+    parse_profile(&w, profile);
     if (!gpu_open(0, &why)) {
         bench_fail("%s", why);
     }
@@ -356,12 +439,12 @@ int bench_cuda(bool json, int batch, int64_t tokens) {
         bench_fail("%s", message);
     }
     const size_t row = (size_t)HK * DIM;
-    w.k = gpu_alloc(CHUNK * row * 2);
-    w.v = gpu_alloc(CHUNK * row * 2);
+    w.k = gpu_alloc(LONG_CHUNK * row * 2);
+    w.v = gpu_alloc(LONG_CHUNK * row * 2);
     w.q = gpu_alloc((size_t)256 * HQ * DIM * 2);
     w.out = gpu_alloc((size_t)256 * HQ * DIM * 2);
-    fill_bf16(&w, w.k, CHUNK * row);
-    fill_bf16(&w, w.v, CHUNK * row);
+    fill_bf16(&w, w.k, LONG_CHUNK * row);
+    fill_bf16(&w, w.v, LONG_CHUNK * row);
     fill_bf16(&w, w.q, (size_t)256 * HQ * DIM);
     if (!json) {
         printf("%s, driver %d; Hq %d, Hk %d, D %d; medians of %d replays\n"

@@ -128,6 +128,7 @@ void *gpu_alloc(size_t bytes) {
     uint64_t address;
     check(cu.MemAlloc(&address, bytes), "device memory");
     check(cu.MemsetD8(address, 0xff, bytes), "device memory");
+    gpu_synchronize(); /* or it could come behind what other streams write there */
     return (void *)(uintptr_t)address;
 }
 

@@ -182,10 +182,13 @@ fkv_status fkv_context_set_stream(fkv_context *handle, void *stream) {
     if (status != FKV_OK) {
         return status;
     }
-    int error = stream == ctx->stream ? 0 : ctx->cuda->synchronize(ctx->device, ctx->stream);
+    status = fkv_module_check_stream(ctx, stream);
+    int error = status != FKV_OK || stream == ctx->stream
+                    ? 0
+                    : ctx->cuda->synchronize(ctx->device, ctx->stream);
     if (error) {
         status = fkv_fail(ctx, FKV_ERR_DEVICE, "the stream so far: %s", ctx->cuda->text(error));
-    } else {
+    } else if (status == FKV_OK) {
         ctx->stream = stream;
     }
     fkv_handle_release(handle);

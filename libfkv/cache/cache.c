@@ -196,6 +196,14 @@ static fkv_status share_spectrum(struct fkv_cache_object *cache, int64_t period,
         fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, s, own);
         return fkv_cache_refused(cache);
     }
+    if (cache->device) {
+        status = fkv_device_spectrum_new(cache, s);
+        if (status != FKV_OK) {
+            fkv_spectrum_destroy(&cache->ctx->heap, s->spectrum);
+            fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, s, own);
+            return status;
+        }
+    }
     cache->bytes += tables;
     cache->account.bytes[FKV_CLASS_TABLES] += tables;
     s->users = 1;
@@ -214,6 +222,8 @@ static void unshare_spectrum(struct fkv_cache_object *cache, struct fkv_shared_s
     *at = shared->next;
     size_t bytes = spectrum_bytes(cache->profile, shared->spectrum->period);
     size_t tables = bytes - sizeof *shared;
+    if (cache->device)
+        fkv_device_spectrum_free(cache, shared);
     fkv_spectrum_destroy(&cache->ctx->heap, shared->spectrum);
     cache->bytes -= tables;
     cache->account.bytes[FKV_CLASS_TABLES] -= tables;

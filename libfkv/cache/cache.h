@@ -118,6 +118,10 @@ struct fkv_shared_spectrum {
     struct fkv_shared_spectrum *next;
     struct fkv_spectrum *spectrum;
     int64_t users;
+    /* on the CUDA backend: its tables there, struct fkv_cuda_spectrum; and what plans must know of them */
+    uint64_t device;
+    size_t device_bytes;
+    int log_fft, rows;
 };
 
 /* Bytes of a block. */

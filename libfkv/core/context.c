@@ -102,7 +102,7 @@ static fkv_status open_backend(struct fkv_ctx *ctx, const fkv_context_params *p)
         status = fkv_module_open_device(ctx, p->device_id);
     }
     ctx->stream = p->stream;
-    return status;
+    return status == FKV_OK ? fkv_module_check_stream(ctx, p->stream) : status;
 }
 
 static fkv_status check_limits(struct fkv_ctx *ctx, const fkv_context_params *p) {

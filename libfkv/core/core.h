@@ -100,6 +100,8 @@ void fkv_ctx_report(const fkv_context_params *params, const char *text);
 
 fkv_status fkv_module_load(struct fkv_ctx *ctx, const char *path);
 fkv_status fkv_module_open_device(struct fkv_ctx *ctx, int device);
+/* That a stream is of the context's device. */
+fkv_status fkv_module_check_stream(struct fkv_ctx *ctx, void *stream);
 
 /* ---- handle.c: a process-wide table turns opaque handles into objects without touching the handle */
 

@@ -79,3 +79,16 @@ fkv_status fkv_module_open_device(struct fkv_ctx *ctx, int device) {
     ctx->multiprocessors = info.multiprocessors;
     return FKV_OK;
 }
+
+fkv_status fkv_module_check_stream(struct fkv_ctx *ctx, void *stream) {
+    int device = -1;
+    int error = stream ? ctx->cuda->stream_device(stream, &device) : 0;
+    if (error) {
+        return fkv_fail(ctx, FKV_ERR_INVALID, "stream: %s", ctx->cuda->text(error));
+    }
+    if (device >= 0 && device != ctx->device) {
+        return fkv_fail(ctx, FKV_ERR_INVALID, "stream is of CUDA device %d, the context of %d",
+                        device, ctx->device);
+    }
+    return FKV_OK;
+}

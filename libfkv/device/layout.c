@@ -11,15 +11,16 @@
 
 /* Offsets of the tables in the buffer, and sizes. */
 struct plan_of_tables {
-    size_t inv_freq, heads, planes, unit_bytes, carriers, kinds, basis, sections, turns, project,
-        bytes;
-    size_t n_planes;
+    size_t inv_freq, heads, planes, unit_bytes, carriers, coded_channels, kinds, basis, sections,
+        turns, project, splits, channels, bytes;
+    size_t n_planes, n_channels;
 };
 
 static fkv_status check_profile(struct fkv_ctx *ctx, const struct fkv_profile_object *p) {
-    if (p->coding == FKV_CODING_FOURIER) {
+    if (p->coding == FKV_CODING_FOURIER && p->fourier.restoration == FKV_RESTORE_AUTHORS) {
         return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
-                        "the CUDA backend has no Fourier-coded caches yet; use the CPU");
+                        "the CUDA backend restores Fourier channels by least squares only "
+                        "(fourier.restoration)");
     }
     if (p->storage_dtype == FKV_DTYPE_F32) {
         return fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
@@ -80,6 +81,38 @@ static int list_exact(const struct fkv_residuals *r, struct fkv_plane *to) {
     return n;
 }
 
+/* The channels with codes in the order of their planes; mu: the part's carriers. `to` may be NULL. */
+static int list_coded(const struct fkv_model *m, const struct fkv_residuals *r, fkv_part part,
+                      const float *mu, struct fkv_cuda_channel *to) {
+    static const int bits[] = {
+        [FKV_WIDTH_8] = 8, [FKV_WIDTH_4] = 4, [FKV_WIDTH_3] = 3, [FKV_WIDTH_2] = 2};
+    const int pairs = m->rope_dim / 2;
+    int n = 0, plane = 0, at = r->count[FKV_WIDTH_EXACT];
+    for (enum fkv_width w = FKV_WIDTH_8; w < FKV_WIDTH_0; w++) {
+        for (int i = 0; i < r->count[w]; i++, at++, n++, plane += planes_of(w)) {
+            if (!to) {
+                continue;
+            }
+            const int d = r->list[at];
+            const bool interleaved = m->rope_layout == FKV_ROPE_INTERLEAVED;
+            const bool turns = part == FKV_PART_K && d < m->rope_dim;
+            const bool leads = interleaved ? d % 2 == 0 : d < pairs;
+            const int other = interleaved ? d ^ 1 : leads ? d + pairs : d - pairs;
+            to[n] = (struct fkv_cuda_channel){.number = (int16_t)d,
+                                              .first = (int16_t)plane,
+                                              .pair = (int16_t)(!turns        ? pairs
+                                                                : interleaved ? d / 2
+                                                                              : d % pairs),
+                                              .bits = (int16_t)bits[w],
+                                              .u = mu[d],
+                                              .w = !turns  ? 0.0f
+                                                   : leads ? -mu[other]
+                                                           : mu[other]};
+        }
+    }
+    return n;
+}
+
 static int max_int(int a, int b) {
     return a > b ? a : b;
 }
@@ -105,6 +138,8 @@ static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_
             h->k_exact = (h->v_exacts - h->k_exacts) / PANEL;
             h->v_exact = (next - h->v_exacts) / PANEL;
             h->carried = k->carried;
+            h->k_channels = list_coded(&p->model, k, FKV_PART_K, NULL, NULL);
+            h->v_channels = list_coded(&p->model, v, FKV_PART_V, NULL, NULL);
             h->offset = offset;
             h->k_bytes = h->k_steps * (panel + 64) + h->k_exact * panel * 8 + 16;
             h->bytes = h->k_bytes + h->v_steps * (panel + 64) + h->v_exact * panel * 8;
@@ -115,6 +150,9 @@ static void lay_out_heads(const struct fkv_profile_object *p, struct fkv_device_
             d->c.most_k_exacts = max_int(d->c.most_k_exacts, h->k_exact * PANEL);
         }
         d->unit_bytes[l] = (offset + 127) / 128 * 128;
+        for (int i = 0; i < heads; i++) {
+            d->heads[l * heads + i].unit_bytes = d->unit_bytes[l];
+        }
     }
     *n_planes = (size_t)next;
 }
@@ -132,12 +170,17 @@ static void lay_out_tables(const struct fkv_profile_object *p, const struct fkv_
     const size_t pairs = (size_t)m->rope_dim / 2, fast = (size_t)d->c.fast;
     size_t at = 0;
     t->inv_freq = part_of(&at, pairs * sizeof(double));
-    if (d->c.coded) {
+    if (d->c.coded == FKV_CUDA_FOURIER) {
+        t->splits = part_of(&at, heads * sizeof(struct fkv_cuda_split));
+        t->channels = part_of(&at, t->n_channels * sizeof(uint16_t));
+    }
+    if (d->c.coded == FKV_CUDA_CALIBRATED) {
         const size_t fragments = (fast / 16 + 1) * (size_t)(d->c.unit / 16) * 2;
         t->heads = part_of(&at, heads * sizeof(struct fkv_cuda_head));
         t->planes = part_of(&at, t->n_planes * sizeof(struct fkv_plane));
         t->unit_bytes = part_of(&at, (size_t)m->n_layers * sizeof(int32_t));
         t->carriers = part_of(&at, 2 * heads * dim * sizeof(float));
+        t->coded_channels = part_of(&at, 2 * heads * dim * sizeof(struct fkv_cuda_channel));
         t->kinds = part_of(&at, 2 * heads * dim);
         t->basis = part_of(&at, fragments * 512);
         t->sections = part_of(&at, (size_t)FKV_SPAN * 1024);
@@ -239,7 +282,12 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
     if (m->rope_dim) {
         memcpy(to + t->inv_freq, m->inv_freq, (size_t)m->rope_dim / 2 * sizeof(double));
     }
-    if (!d->c.coded) {
+    if (d->c.coded == FKV_CUDA_FOURIER) {
+        fkv_device_split(p, (struct fkv_device_cache *)(uintptr_t)d,
+                         (uint16_t *)(void *)(to + t->channels));
+        memcpy(to + t->splits, d->splits, (size_t)(m->n_layers * heads) * sizeof *d->splits);
+    }
+    if (d->c.coded != FKV_CUDA_CALIBRATED) {
         return;
     }
     memcpy(to + t->heads, d->heads, (size_t)(m->n_layers * heads) * sizeof *d->heads);
@@ -255,6 +303,8 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
             list_exact(r, planes + (part == FKV_PART_K ? h->k_exacts : h->v_exacts));
             memcpy(to + t->carriers + at * sizeof(float), fkv_profile_carrier(p, l, part, i / 2),
                    dim * sizeof(float));
+            list_coded(m, r, part, fkv_profile_carrier(p, l, part, i / 2),
+                       (struct fkv_cuda_channel *)(void *)(to + t->coded_channels) + at);
             const int first =
                 r->count[FKV_WIDTH_EXACT] + r->count[FKV_WIDTH_8] + r->count[FKV_WIDTH_4];
             for (int j = 0; j < r->count[FKV_WIDTH_3]; j++) {
@@ -273,10 +323,13 @@ static void fill_tables(const struct fkv_profile_object *p, const struct fkv_dev
 static void point_to_tables(struct fkv_cuda_cache *c, uint64_t base,
                             const struct plan_of_tables *t) {
     c->inv_freq = base + t->inv_freq;
+    c->splits = base + t->splits;
+    c->channels = base + t->channels;
     c->heads = base + t->heads;
     c->planes = base + t->planes;
     c->unit_bytes = base + t->unit_bytes;
     c->carriers = base + t->carriers;
+    c->coded_channels = base + t->coded_channels;
     c->kinds = base + t->kinds;
     c->basis = base + t->basis;
     c->sections = base + t->sections;
@@ -296,25 +349,37 @@ static size_t layer_scales(const struct fkv_device_cache *d, int layer, int head
     return bytes * (size_t)d->c.units_per_block;
 }
 
+/* The pool of pages like these, a new one if there is none. */
+static int32_t pool_like(struct fkv_device_cache *d, struct fkv_device_pool pool) {
+    int32_t i = 1;
+    while (i < d->n_pools && (d->pools[i].bytes != pool.bytes || d->pools[i].class != pool.class ||
+                              d->pools[i].scales != pool.scales)) {
+        i++;
+    }
+    if (i == d->n_pools) {
+        d->pools[d->n_pools++] = pool;
+    }
+    return i;
+}
+
 static void make_pools(const struct fkv_profile_object *p, struct fkv_device_cache *d) {
     const size_t padded = ((size_t)p->model.head_dim + 15) / 16 * 16;
     d->pools[0] = (struct fkv_device_pool){
         .bytes = (size_t)p->model.n_kv_heads * padded * 2 * FKV_TILE * 2, .class = FKV_CLASS_EXACT};
     d->n_pools = 1;
-    for (int l = 0; d->c.coded && l < p->model.n_layers; l++) {
-        const struct fkv_device_pool pool = {.bytes = (size_t)d->unit_bytes[l] *
-                                                      (size_t)d->c.units_per_block,
-                                             .class = FKV_CLASS_BLOCKS,
-                                             .scales = layer_scales(d, l, p->model.n_kv_heads)};
-        int32_t i = 1;
-        while (i < d->n_pools &&
-               (d->pools[i].bytes != pool.bytes || d->pools[i].scales != pool.scales)) {
-            i++;
-        }
-        if (i == d->n_pools) {
-            d->pools[d->n_pools++] = pool;
-        }
-        d->pool_of[l] = i;
+    for (int l = 0; d->c.coded == FKV_CUDA_CALIBRATED && l < p->model.n_layers; l++) {
+        d->pool_of[l] =
+            pool_like(d, (struct fkv_device_pool){
+                             .bytes = (size_t)d->unit_bytes[l] * (size_t)d->c.units_per_block,
+                             .class = FKV_CLASS_BLOCKS,
+                             .scales = layer_scales(d, l, p->model.n_kv_heads)});
+    }
+    for (int l = 0; d->c.coded == FKV_CUDA_FOURIER && l < p->model.n_layers; l++) {
+        d->pool_of[l] = pool_like(d, (struct fkv_device_pool){.bytes = (size_t)d->unit_bytes[l],
+                                                              .class = FKV_CLASS_KEPT});
+        d->segment_pool[l] =
+            pool_like(d, (struct fkv_device_pool){.bytes = fkv_device_segment_bytes(p, d, l),
+                                                  .class = FKV_CLASS_COEFFICIENTS});
     }
 }
 
@@ -332,8 +397,15 @@ static void set_geometry(const struct fkv_profile_object *p, struct fkv_cuda_cac
         .scale = (float)m->softmax_scale,
         .rope_scaling = m->rope_scaling,
     };
+    if (p->coding == FKV_CODING_FOURIER) {
+        c->coded = FKV_CUDA_FOURIER;
+        c->unit = FKV_TILE;
+        c->units_per_block = 1;
+        c->sinks = p->fourier.n_sink;
+        c->coefficients = p->fourier.coefficient_dtype;
+    }
     if (p->coding == FKV_CODING_CALIBRATED) {
-        c->coded = 1;
+        c->coded = FKV_CUDA_CALIBRATED;
         c->unit = p->codec.group;
         c->units_per_block = p->codec.block / p->codec.group;
         c->sinks = p->codec.n_sink;
@@ -348,15 +420,22 @@ static fkv_status make_cache(struct fkv_cache_object *cache) {
     struct plan_of_tables t = {0};
     void *memory;
     set_geometry(p, &d->c);
-    d->pools = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (layers + 1) * sizeof *d->pools);
+    d->pools = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (2 * layers + 1) * sizeof *d->pools);
+    d->splits = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, heads * sizeof *d->splits);
+    d->coded_rows = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->coded_rows);
+    d->segment_pool =
+        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->segment_pool);
     d->heads = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, heads * sizeof *d->heads);
     d->unit_bytes = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->unit_bytes);
     d->pool_of = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, layers * sizeof *d->pool_of);
-    if (!d->pools || !d->heads || !d->unit_bytes || !d->pool_of) {
+    if (!d->pools || !d->heads || !d->unit_bytes || !d->pool_of || !d->splits || !d->coded_rows ||
+        !d->segment_pool) {
         return fkv_cache_refused(cache);
     }
-    if (d->c.coded) {
+    if (d->c.coded == FKV_CUDA_CALIBRATED) {
         lay_out_heads(p, d, &t.n_planes);
+    } else if (d->c.coded == FKV_CUDA_FOURIER) {
+        t.n_channels = fkv_device_split(p, d, NULL);
     }
     make_pools(p, d);
     lay_out_tables(p, d, &t);
@@ -409,7 +488,12 @@ void fkv_device_cache_free(struct fkv_cache_object *cache) {
     }
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pending,
                    (size_t)d->pending_slots * sizeof *d->pending);
-    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pools, (layers + 1) * sizeof *d->pools);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pools, (2 * layers + 1) * sizeof *d->pools);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->splits,
+                   layers * (size_t)cache->profile->model.n_kv_heads * sizeof *d->splits);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->coded_rows, layers * sizeof *d->coded_rows);
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->segment_pool,
+                   layers * sizeof *d->segment_pool);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->heads,
                    layers * (size_t)cache->profile->model.n_kv_heads * sizeof *d->heads);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->unit_bytes, layers * sizeof *d->unit_bytes);

@@ -228,16 +228,63 @@ fkv_status fkv_device_stage(struct fkv_cache_object *cache, size_t bytes, void *
         error = ctx->cuda->event_wait(ctx->device, s->event);
     }
     if (!error && s->bytes < bytes) {
+        void *larger = NULL; /* what there is stays if there is no more */
+        if (ctx->cuda->alloc_host(ctx->device, bytes + bytes / 2, &larger)) {
+            return fkv_fail_memory(ctx, bytes + bytes / 2, "pinned memory");
+        }
         if (s->memory) {
             ctx->cuda->free_host(ctx->device, s->memory);
         }
-        s->memory = NULL;
-        s->bytes = 0;
-        error = ctx->cuda->alloc_host(ctx->device, bytes + bytes / 2, &s->memory);
-        s->bytes = error ? 0 : bytes + bytes / 2;
+        s->memory = larger;
+        s->bytes = bytes + bytes / 2;
     }
     *memory = s->memory;
     return FKV_DEVICE_CHECK(ctx, error, "pinned memory");
+}
+
+/* Room for so many notes of writes to tables. */
+static fkv_status patch_slots(struct fkv_cache_object *cache, int64_t needed) {
+    struct fkv_device_cache *d = cache->device;
+    if (needed <= d->pending_slots) {
+        return FKV_OK;
+    }
+    int64_t slots = d->pending_slots ? 2 * d->pending_slots : 256;
+    while (slots < needed) {
+        slots *= 2;
+    }
+    struct fkv_cuda_patch *pending =
+        fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)slots * sizeof *pending);
+    if (!pending) {
+        return fkv_cache_refused(cache);
+    }
+    if (d->n_pending) {
+        memcpy(pending, d->pending, (size_t)d->n_pending * sizeof *pending);
+    }
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pending,
+                   (size_t)d->pending_slots * sizeof *pending);
+    d->pending = pending;
+    d->pending_slots = slots;
+    return FKV_OK;
+}
+
+fkv_status fkv_device_ready(struct fkv_cache_object *cache, size_t bytes, int64_t patches) {
+    struct fkv_device_cache *d = cache->device;
+    const int64_t all = d->n_pending + patches;
+    fkv_status status = patch_slots(cache, all);
+    if (status == FKV_OK) {
+        status = fkv_device_reserve(cache, &d->patches, (size_t)all * sizeof *d->pending);
+    }
+    const size_t most = (size_t)all * sizeof *d->pending, needed = bytes > most ? bytes : most;
+    const int32_t next = d->stage;
+    for (int i = 0; status == FKV_OK && i < FKV_DEVICE_STAGES; i++) {
+        void *memory;
+        if (d->stages[i].bytes < needed) { /* else nothing is waited for */
+            d->stage = i;
+            status = fkv_device_stage(cache, needed, &memory);
+        }
+    }
+    d->stage = next;
+    return status;
 }
 
 fkv_status fkv_device_send(struct fkv_cache_object *cache, uint64_t to, size_t bytes) {
@@ -255,20 +302,9 @@ fkv_status fkv_device_send(struct fkv_cache_object *cache, uint64_t to, size_t b
 fkv_status fkv_device_patch(struct fkv_cache_object *cache, uint64_t where, uint64_t value,
                             uint64_t zero) {
     struct fkv_device_cache *d = cache->device;
-    if (d->n_pending == d->pending_slots) {
-        const int64_t slots = d->pending_slots ? 2 * d->pending_slots : 256;
-        struct fkv_cuda_patch *pending =
-            fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)slots * sizeof *pending);
-        if (!pending) {
-            return fkv_cache_refused(cache);
-        }
-        if (d->n_pending) {
-            memcpy(pending, d->pending, (size_t)d->n_pending * sizeof *pending);
-        }
-        fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, d->pending,
-                       (size_t)d->pending_slots * sizeof *pending);
-        d->pending = pending;
-        d->pending_slots = slots;
+    fkv_status status = patch_slots(cache, d->n_pending + 1);
+    if (status != FKV_OK) {
+        return status;
     }
     d->pending[d->n_pending++] = (struct fkv_cuda_patch){where, value, zero};
     return FKV_OK;

@@ -9,6 +9,9 @@ static size_t table_bytes(const struct fkv_cache_object *cache, int64_t slots) {
 }
 
 int64_t fkv_device_tiles_to_code(const struct fkv_profile_object *p, int64_t tokens) {
+    if (p->coding == FKV_CODING_FOURIER) {
+        return fkv_tiles_to_code(p, tokens);
+    }
     if (p->coding != FKV_CODING_CALIBRATED) {
         return 0;
     }
@@ -36,12 +39,13 @@ static fkv_status grow_table(struct fkv_cache_object *cache, struct fkv_seq *seq
     struct fkv_device_seq *s = seq->device;
     const int layers = cache->profile->model.n_layers;
     const size_t pages = (size_t)layers * (size_t)slots * sizeof *s->pages;
-    struct fkv_device_seq next = {.slots = slots};
+    struct fkv_device_seq next = *s;
     struct fkv_device_buffer table = {0, 0};
     fkv_status status = fkv_device_reserve(cache, &table, table_bytes(cache, slots));
     if (status != FKV_OK) {
         return status;
     }
+    next.slots = slots;
     next.table = table.address;
     next.pages = fkv_cache_alloc(cache, seq, FKV_CLASS_TABLES, pages);
     if (!next.pages) {
@@ -180,6 +184,9 @@ void fkv_device_layer_crop(struct fkv_cache_object *cache, struct fkv_seq *seq, 
     struct fkv_layer *l = &seq->layers[layer];
     l->tokens = tokens;
     l->n_coded = fkv_min64(l->n_coded, body_tiles(cache, tokens));
+    if (seq->shared) {
+        fkv_device_drop_segments(cache, seq, layer, l->n_coded);
+    }
     fkv_device_layer_shrink(cache, seq, layer);
 }
 
@@ -189,6 +196,10 @@ void fkv_device_seq_free(struct fkv_cache_object *cache, struct fkv_seq *seq) {
     if (!s) {
         return;
     }
+    if (s->segments) {
+        (void)fkv_device_flush(cache); /* as below */
+    }
+    fkv_device_segments_free(cache, seq);
     for (int l = 0; l < layers && s->pages; l++) {
         drop_from(cache, seq, l, 0);
     }
@@ -221,12 +232,15 @@ fkv_status fkv_device_seq_fork(struct fkv_cache_object *cache, const struct fkv_
             }
         }
     }
+    if (status == FKV_OK) {
+        status = fkv_device_segments_fork(cache, from, child);
+    }
     return status == FKV_OK ? fkv_device_flush(cache) : status;
 }
 
 uint64_t fkv_device_shared_bytes(const struct fkv_cache_object *cache, const struct fkv_seq *seq) {
     const struct fkv_device_seq *s = seq->device;
-    uint64_t bytes = 0;
+    uint64_t bytes = fkv_device_shared_segments(cache, s);
     for (int64_t i = 0; i < s->slots * cache->profile->model.n_layers; i++) {
         if (s->pages[i] && s->pages[i]->holders > 1) {
             bytes += cache->device->pools[s->pages[i]->pool].bytes;

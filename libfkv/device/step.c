@@ -45,7 +45,7 @@ static fkv_status make_plan(struct fkv_plan_object *plan) {
 static void free_rows(struct fkv_cache_object *cache, struct fkv_device_plan *p) {
     for (int32_t i = 0; p->lists && i < p->n_lists; i++) {
         fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->lists[i].key,
-                       (size_t)p->row_capacity * 3 * sizeof(int64_t));
+                       (size_t)p->row_capacity * FKV_ITEMS_KEY * sizeof(int64_t));
         p->lists[i].key = NULL;
         p->lists[i].valid = false;
     }
@@ -69,6 +69,11 @@ void fkv_device_plan_free(struct fkv_plan_object *plan) {
     fkv_device_release(cache, &p->partials);
     fkv_device_release(cache, &p->counters);
     fkv_device_release(cache, &p->seals);
+    fkv_device_release(cache, &p->spectra);
+    fkv_device_release(cache, &p->grids);
+    fkv_device_release(cache, &p->stats);
+    fkv_device_release(cache, &p->mass);
+    fkv_device_release(cache, &p->maxima);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->lists, (size_t)p->n_lists * sizeof *p->lists);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p->ready, (size_t)cache->profile->model.n_layers);
     fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, p, sizeof *p);
@@ -104,8 +109,8 @@ static fkv_status need_rows(struct fkv_plan_object *plan, int64_t rows) {
     p->rows = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)capacity * sizeof *p->rows);
     bool good = p->rows != NULL;
     for (int32_t i = 0; good && i < p->n_lists; i++) {
-        p->lists[i].key =
-            fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, (size_t)capacity * 3 * sizeof(int64_t));
+        p->lists[i].key = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES,
+                                          (size_t)capacity * FKV_ITEMS_KEY * sizeof(int64_t));
         good = p->lists[i].key != NULL;
     }
     return good ? FKV_OK : fkv_cache_refused(cache);
@@ -124,7 +129,7 @@ static size_t positions_at(const struct fkv_device_plan *p) {
 static int64_t first_angle(const struct fkv_cache_object *cache, const struct fkv_row *row) {
     const struct fkv_profile_object *p = cache->profile;
     int64_t first = row->base;
-    for (int l = 0; l < p->model.n_layers; l++) {
+    for (int l = 0; p->coding == FKV_CODING_CALIBRATED && l < p->model.n_layers; l++) {
         const int64_t coded = row->seq->layers[l].n_coded;
         if (fkv_device_tiles_to_code(p, row->base + row->n_new) > coded) {
             first = fkv_min64(first, cache->device->c.sinks + coded * FKV_TILE);
@@ -144,13 +149,17 @@ static fkv_status fill_rows(struct fkv_plan_object *plan, const struct fkv_plan_
             angles + row->base + row->n_new - first > INT32_MAX) {
             return fkv_fail(plan->ctx, FKV_ERR_LIMIT, "plan: too many tokens for the device");
         }
-        p->rows[i] = (struct fkv_cuda_row){.table = s->table,
-                                           .slots = s->slots,
-                                           .base = (int32_t)row->base,
-                                           .n_new = (int32_t)row->n_new,
-                                           .offset = (int32_t)row->offset,
-                                           .rope_first = (int32_t)first,
-                                           .rope_offset = (int32_t)angles};
+        p->rows[i] =
+            (struct fkv_cuda_row){.table = s->table,
+                                  .slots = s->slots,
+                                  .base = (int32_t)row->base,
+                                  .n_new = (int32_t)row->n_new,
+                                  .offset = (int32_t)row->offset,
+                                  .rope_first = (int32_t)first,
+                                  .rope_offset = (int32_t)angles,
+                                  .segment_slots = (int32_t)s->segment_slots,
+                                  .segments = s->segment_table,
+                                  .spectrum = row->seq->shared ? row->seq->shared->device : 0};
         angles += row->base + row->n_new - first;
     }
     p->n_rows = next->n_rows;
@@ -226,7 +235,8 @@ static fkv_status check_batch(struct fkv_plan_object *plan, const struct fkv_pla
         return error ? FKV_DEVICE_CHECK(plan->ctx, error, "stream")
                      : fkv_fail(plan->ctx, FKV_ERR_STATE, "plans are updated outside captures");
     }
-    for (int64_t i = 0; batch->positions && plan->cache->device->c.coded && i < next->n_rows; i++) {
+    const bool indices = plan->cache->device->c.coded == FKV_CUDA_CALIBRATED;
+    for (int64_t i = 0; batch->positions && indices && i < next->n_rows; i++) {
         const struct fkv_row *row = &next->rows[i];
         for (int64_t t = 0; t < row->n_new; t++) {
             if (batch->positions[row->offset + t] != row->base + t) {
@@ -301,6 +311,12 @@ static fkv_status prepare(struct fkv_plan_object *plan, struct fkv_plan_object *
         status = fkv_device_seq_slots(plan->cache, next->rows[i].seq,
                                       next->rows[i].base + next->rows[i].n_new);
     }
+    for (int64_t i = 0; status == FKV_OK && i < next->n_rows; i++) {
+        const struct fkv_row *row = &next->rows[i];
+        if (row->seq->shared) {
+            status = fkv_device_need_segments(plan->cache, row->seq, row->base + row->n_new);
+        }
+    }
     if (status == FKV_OK) {
         status = fill_rows(plan, next);
     }
@@ -341,9 +357,15 @@ fkv_status fkv_device_plan_set(struct fkv_plan_object *plan, struct fkv_plan_obj
 
 /* The items of short steps, once the plan's rows are the new ones. */
 fkv_status fkv_device_plan_finish(struct fkv_plan_object *plan) {
+    struct fkv_device_plan *p = plan->device;
     fkv_status status = FKV_OK;
-    for (int i = 0; status == FKV_OK && is_short(plan) && i < plan->device->n_lists; i++) {
-        status = fkv_device_make_items(plan, i);
+    p->from = 0;
+    p->until = plan->tokens;
+    /* twice: one that needs more room than those before it takes their lists away */
+    for (int i = 0; status == FKV_OK && is_short(plan) && i < 2 * p->n_lists; i++) {
+        if (fkv_device_slice_end(plan, i % p->n_lists, 0) == plan->tokens) {
+            status = fkv_device_make_items(plan, i % p->n_lists);
+        }
     }
     return status;
 }
@@ -362,8 +384,10 @@ static struct fkv_cuda_view cuda_view(const struct fkv_view *v) {
 static struct fkv_cuda_attend arguments(struct fkv_plan_object *plan, int layer) {
     const struct fkv_device_plan *p = device_plan(plan);
     const int32_t list = p->n_lists > 1 ? layer : 0;
-    const size_t stride = 16 + (size_t)p->item_capacity * sizeof(struct fkv_cuda_item);
-    const uint64_t items = p->items.address + (uint64_t)list * stride;
+    const struct fkv_cache_object *cache = plan->cache;
+    const uint64_t items = p->items.address + (uint64_t)list * fkv_device_list_bytes(p);
+    const uint64_t waves = items + 16 + (uint64_t)p->item_capacity * sizeof(struct fkv_cuda_item);
+    const bool fourier = cache->device->c.coded == FKV_CUDA_FOURIER;
     return (struct fkv_cuda_attend){
         .step = p->step.address,
         .rows = p->step.address + rows_at(),
@@ -375,6 +399,21 @@ static struct fkv_cuda_attend arguments(struct fkv_plan_object *plan, int layer)
         .rope_capacity = p->rope_capacity,
         .layer = layer,
         .grid = plan->ctx->multiprocessors * MAX_GRID_PER_PROCESSOR,
+        .waves = waves,
+        .outputs = waves + (uint64_t)p->wave_capacity * sizeof(struct fkv_cuda_wave),
+        .spectra = p->spectra.address,
+        .grids = p->grids.address,
+        .stats = p->stats.address,
+        .mass = p->mass.address,
+        .maxima = p->maxima.address,
+        .spectrum_stride =
+            fourier ? fkv_spectrum_stride(INT64_MAX, cache->profile->fourier.bins) : 0,
+        .grid_stride = p->grid_stride,
+        .n_waves = (int32_t)p->wave_capacity,
+        .n_outputs = (int32_t)p->output_capacity,
+        .coded_rows = fourier ? cache->device->coded_rows[layer] : 0,
+        .log_fft = p->log_fft,
+        .tiles = (int32_t)(p->maxima_stride / fkv_max64(1, cache->device->c.n_q_heads)),
     };
 }
 
@@ -399,21 +438,32 @@ static fkv_status attend(struct fkv_plan_object *plan, int layer, const struct f
             fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
                      "steps of more than %d tokens of a sequence cannot be captured", SHORT_STEP);
     }
-    if (status == FKV_OK && !yes) {
-        status = fkv_device_make_items(plan, layer);
+    if (status == FKV_OK && yes && fkv_device_slice_end(plan, layer, 0) < plan->tokens) {
+        status = fkv_fail(ctx, FKV_ERR_UNSUPPORTED,
+                          "attention of %lld query tokens takes more than one slice and cannot be "
+                          "captured",
+                          (long long)plan->tokens);
     }
-    if (status != FKV_OK) {
-        return status;
+    for (int64_t from = 0; status == FKV_OK && from < plan->tokens; from = plan->device->until) {
+        plan->device->from = from;
+        plan->device->until = fkv_device_slice_end(plan, layer, from);
+        if (!yes) {
+            status = fkv_device_make_items(plan, layer);
+        }
+        if (status != FKV_OK) {
+            return status;
+        }
+        struct fkv_cuda_attend a = arguments(plan, layer);
+        a.appended = appended;
+        a.follows = follows && !from;
+        a.q = cuda_view(q);
+        a.out = cuda_view(out);
+        a.lse = cuda_view(lse);
+        plan->device->captured = plan->device->captured || yes;
+        error = ctx->cuda->attend(ctx->device, &plan->cache->device->c, &a, ctx->stream);
+        status = FKV_DEVICE_CHECK(ctx, error, "attention");
     }
-    struct fkv_cuda_attend a = arguments(plan, layer);
-    a.appended = appended;
-    a.follows = follows;
-    a.q = cuda_view(q);
-    a.out = cuda_view(out);
-    a.lse = cuda_view(lse);
-    plan->device->captured = plan->device->captured || yes;
-    error = ctx->cuda->attend(ctx->device, &plan->cache->device->c, &a, ctx->stream);
-    return FKV_DEVICE_CHECK(ctx, error, "attention");
+    return status;
 }
 
 fkv_status fkv_device_attend(struct fkv_plan_object *plan, int layer, const struct fkv_view *q,
@@ -460,18 +510,37 @@ struct sealing {
     struct fkv_cuda_seal *jobs;
     struct fkv_device_page **pages;
     int64_t n, slots;
+    struct fkv_folding folding; /* of Fourier caches */
 };
 
+static bool folds(const struct fkv_plan_object *plan) {
+    return plan->cache->device->c.coded == FKV_CUDA_FOURIER;
+}
+
 static void end_sealing(struct fkv_plan_object *plan, struct sealing *s) {
+    fkv_device_folding_end(plan, &s->folding);
     fkv_cache_free(plan->cache, NULL, FKV_CLASS_TABLES, s->jobs,
                    (size_t)s->slots * sizeof *s->jobs);
     fkv_cache_free(plan->cache, NULL, FKV_CLASS_TABLES, s->pages,
                    (size_t)s->slots * sizeof *s->pages);
 }
 
+/* For a step that came to nothing: its blocks are given back. */
+static void undo_sealing(struct fkv_plan_object *plan, struct sealing *s) {
+    for (int64_t i = 0; i < s->n; i++) {
+        fkv_device_page_drop(plan->cache, plan->rows[s->jobs[i].row].seq, s->pages[i]);
+    }
+    fkv_device_folding_undo(plan, &s->folding);
+    end_sealing(plan, s);
+}
+
 static fkv_status begin_sealing(struct fkv_plan_object *plan, int layer, struct sealing *s) {
     struct fkv_cache_object *cache = plan->cache;
-    *s = (struct sealing){.slots = count_blocks(plan, layer)};
+    *s = (struct sealing){.slots = 0};
+    if (folds(plan)) {
+        return fkv_device_folding_begin(plan, layer, &s->folding);
+    }
+    s->slots = count_blocks(plan, layer);
     if (!s->slots) {
         return FKV_OK;
     }
@@ -485,11 +554,11 @@ static fkv_status begin_sealing(struct fkv_plan_object *plan, int layer, struct 
         status =
             fkv_device_reserve(cache, &plan->device->seals, (size_t)s->slots * sizeof *s->jobs);
     }
-    for (int64_t i = 0; status != FKV_OK && i < s->n; i++) {
-        fkv_device_page_drop(cache, plan->rows[s->jobs[i].row].seq, s->pages[i]);
+    if (status == FKV_OK) {
+        status = fkv_device_ready(cache, (size_t)s->slots * sizeof *s->jobs, s->slots);
     }
     if (status != FKV_OK) {
-        end_sealing(plan, s);
+        undo_sealing(plan, s);
     }
     return status;
 }
@@ -501,6 +570,10 @@ static fkv_status run_sealing(struct fkv_plan_object *plan, int layer, struct se
     const size_t bytes = (size_t)s->n * sizeof *s->jobs;
     const int64_t step = s->n ? fkv_device_block_tiles(cache->device) : 0;
     void *memory;
+    if (folds(plan)) {
+        const struct fkv_cuda_attend a = arguments(plan, layer);
+        return fkv_device_folding_run(plan, layer, &a, &s->folding);
+    }
     if (!s->n) {
         return FKV_OK;
     }
@@ -560,7 +633,7 @@ fkv_status fkv_device_append(struct fkv_plan_object *plan, int layer, const stru
                              const struct fkv_view *k, const struct fkv_view *v,
                              const struct fkv_view *out, const struct fkv_view *lse) {
     struct fkv_ctx *ctx = plan->ctx;
-    struct sealing sealing = {NULL, NULL, 0, 0};
+    struct sealing sealing = {.slots = 0};
     int capturing = 0;
     if (!plan->tokens) {
         return FKV_OK;
@@ -589,7 +662,11 @@ fkv_status fkv_device_append(struct fkv_plan_object *plan, int layer, const stru
         status = attend(plan, layer, q, out, lse, true, true);
     }
     plan->device->captured = plan->device->captured || capturing;
-    if (status == FKV_OK && !capturing) {
+    if (status != FKV_OK) {
+        undo_sealing(plan, &sealing);
+        return status;
+    }
+    if (!capturing) {
         advance(plan, layer);
         status = run_sealing(plan, layer, &sealing);
     }
@@ -597,17 +674,31 @@ fkv_status fkv_device_append(struct fkv_plan_object *plan, int layer, const stru
     return status;
 }
 
+/* What coding needs is taken for all layers first: it is there, or nothing has changed and the call can be repeated. */
 fkv_status fkv_device_replayed(struct fkv_plan_object *plan) {
-    fkv_status status = FKV_OK;
-    for (int l = 0; status == FKV_OK && l < plan->cache->profile->model.n_layers; l++) {
-        struct sealing sealing;
-        status = begin_sealing(plan, l, &sealing);
-        if (status == FKV_OK) {
-            advance(plan, l);
-            status = run_sealing(plan, l, &sealing);
-            end_sealing(plan, &sealing);
-        }
+    struct fkv_cache_object *cache = plan->cache;
+    const int layers = cache->profile->model.n_layers;
+    const size_t bytes = (size_t)layers * sizeof(struct sealing);
+    struct sealing *all = fkv_cache_alloc(cache, NULL, FKV_CLASS_TABLES, bytes);
+    fkv_status status = all ? FKV_OK : fkv_cache_refused(cache);
+    int begun = 0;
+    while (status == FKV_OK && begun < layers) {
+        status = begin_sealing(plan, begun, &all[begun]);
+        begun += status == FKV_OK;
     }
+    for (int l = 0; status != FKV_OK && l < begun; l++) {
+        undo_sealing(plan, &all[l]);
+    }
+    for (int l = 0; status == FKV_OK && l < layers; l++) {
+        advance(plan, l);
+    }
+    for (int l = 0; begun == layers && l < layers; l++) {
+        if (status == FKV_OK) {
+            status = run_sealing(plan, l, &all[l]);
+        }
+        end_sealing(plan, &all[l]);
+    }
+    fkv_cache_free(cache, NULL, FKV_CLASS_TABLES, all, bytes);
     return status;
 }
 
@@ -619,6 +710,9 @@ fkv_status fkv_device_read(struct fkv_cache_object *cache, struct fkv_seq *seq, 
     const struct fkv_layer *l = &seq->layers[layer];
     if (!count) {
         return FKV_OK;
+    }
+    if (seq->shared) {
+        return fkv_device_read_fourier(cache, seq, layer, part, first, count, &view);
     }
     int error =
         ctx->cuda->read(ctx->device, &cache->device->c, seq->device->table, seq->device->slots,
