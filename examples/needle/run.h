@@ -27,11 +27,10 @@ struct needle_result {
 struct needle_run {
     struct needle_engine *engine;
     enum needle_task task;
-    bool together; /* items differ in their questions only: the first one's context serves all */
-    bool read;     /* and is in the engine's sequences */
-    bool
-        same_text; /* contexts are the same up to the first hidden sentence */
-    size_t trunk;                     /* tokens that the engine's first sequence keeps of them */
+    bool together;  /* items differ in their questions only: the first one's context serves all */
+    bool read;      /* and is in the engine's sequences */
+    bool same_text; /* contexts are the same up to the first hidden sentence */
+    size_t trunk;   /* tokens that the engine's first sequence keeps of them */
     fkv_sequence whole;               /* what a fork is at work for; -1: none */
     size_t chunk;                     /* of the prefill; 0: the whole context */
     const fkv_profile_info *profiles; /* of what the engine holds */
